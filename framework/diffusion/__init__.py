@@ -1,0 +1,1 @@
+"""Noise schedules, timestep sampling and objectives: pure functions with the papers' symbols."""

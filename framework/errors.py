@@ -1,0 +1,109 @@
+"""Every error that Octavo raises on purpose, so that a caller can tell a user's mistake from ours.
+
+    OctavoError              something a person can act on; never shown with a traceback
+    ├── ConfigError          the configuration is wrong; carries every fault found         exit code 2
+    ├── SourceError          a model folder, file or hub repository can't be used           exit code 2
+    ├── DataError            a data set, caption file or picture can't be used              exit code 2
+    ├── PlanError            the plan can't be built or carried out on this machine         exit code 2
+    └── RunError             a run can't be started, resumed or finished                    exit code 1
+
+Each says where the fault is, what was found and what to do next (`where`, `found`, `hint`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong (or surely unwanted) in a configuration.
+
+    path: dotted path of the key, "" for the configuration as a whole.
+    message: what was asked for and why it can't be, in one sentence.
+    where: "recipes/a.yaml:14:5", "command line: model.dit.precision=fp9" or "default"; "" when unknown.
+    nearest: valid names close to what was written, best first.
+    hint: what to do next.
+    """
+
+    path: str
+    message: str
+    where: str = ""
+    nearest: tuple[str, ...] = ()
+    hint: str = ""
+
+
+class OctavoError(Exception):
+    """Base of all errors that are meant for a person.
+
+    message: what was asked for and what is wrong.   where: file, line or override.
+    found: what was met instead.   hint: the next step.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, where: str = "", found: str = "", hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.where = where
+        self.found = found
+        self.hint = hint
+
+    def __str__(self) -> str:
+        lines = [f"{self.where}: {self.message}" if self.where else self.message]
+        if self.found:
+            lines.append(f"  Found: {self.found}")
+        if self.hint:
+            lines.append(f"  Next: {self.hint}")
+        return "\n".join(lines)
+
+
+class ConfigError(OctavoError):
+    """The configuration is wrong: all faults of it in one report."""
+
+    exit_code = 2
+
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        self.faults = tuple(faults)
+        count = len(self.faults)
+        super().__init__(f"{count} fault{'s' if count != 1 else ''} in the configuration")
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.message}:", *(format_fault(fault) for fault in self.faults)])
+
+
+class SourceError(OctavoError):
+    """A model's files can't be found, fetched or read."""
+
+    exit_code = 2
+
+
+class DataError(OctavoError):
+    """A data set can't be read: a missing folder, a caption file with wrong columns, a broken picture."""
+
+    exit_code = 2
+
+
+class PlanError(OctavoError):
+    """The checkpoint doesn't fit the configuration, or this machine can't carry the plan out."""
+
+    exit_code = 2
+
+
+class RunError(OctavoError):
+    """A run can't be started, resumed or finished."""
+
+    exit_code = 1
+
+
+def format_fault(fault: Fault) -> str:
+    """Write one fault as indented plain text: path and message first, then where, nearest and next."""
+    lines = [f"  {fault.path}: {fault.message}" if fault.path else f"  {fault.message}"]
+    if fault.where:
+        lines.append(f"      Set by: {fault.where}")
+    if fault.nearest:
+        lines.append(f"      Nearest: {', '.join(fault.nearest)}")
+    if fault.hint:
+        lines.append(f"      Next: {fault.hint}")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Pictures from the same plan and runtime that training uses."""

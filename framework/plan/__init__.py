@@ -1,0 +1,1 @@
+"""From a checked configuration and file headers to one frozen VRAM plan. No torch."""

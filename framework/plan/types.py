@@ -1,0 +1,245 @@
+"""The VRAM plan: frozen data that says where every weight rests and in which form it is computed with.
+
+Training and inference carry out the same plan with the same runtime; `purpose` is a field, not a second mechanism.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, computed_field
+
+Purpose = Literal["train", "infer"]
+Phase = Literal["encode", "train", "sample"]
+Place = Literal["device", "host", "disk"]
+StorageDtype = Literal["fp8_e4m3", "bf16", "fp16", "fp32"]
+TensorKind = Literal["linear", "conv", "embedding", "other"]
+Scaling = Literal["row", "tensor", "none"]
+
+BYTES_PER_ELEMENT: dict[StorageDtype, int] = {"fp8_e4m3": 1, "bf16": 2, "fp16": 2, "fp32": 4}
+
+
+class Frozen(BaseModel):
+    """Base of the plan's parts."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Placement(Frozen):
+    """A number format and where the bytes lie."""
+
+    storage_dtype: StorageDtype
+    place: Place
+
+
+class States(Frozen):
+    """The four states a weight can be in, from rest to use.
+
+    offload: at rest while its component isn't used.   onload: at rest while its component is used.
+    preparing: fetched ahead of use.   computation: what the arithmetic reads.
+    """
+
+    offload: Placement
+    onload: Placement
+    preparing: Placement
+    computation: Placement
+
+
+class TensorPlan(Frozen):
+    """One tensor of a component.
+
+    name: name in the module, e.g. "transformer_blocks.0.attn.to_q.weight".   source_key, file: where it is read.
+    shape: elements.   source_dtype: safetensors name, e.g. "BF16".
+    """
+
+    name: str
+    source_key: str
+    file: str
+    shape: tuple[int, ...]
+    source_dtype: str
+    kind: TensorKind
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+    @property
+    def layer(self) -> str:
+        """Name of the module that owns the tensor."""
+        return self.name.rpartition(".")[0]
+
+
+class TensorGroup(Frozen):
+    """Tensors of a component that are stored alike.
+
+    scaling: None unless the group is FP8; says which float32 scales lie beside the codes.
+    trains: True where gradients update these tensors themselves (`trainable: full`).
+    """
+
+    name: str
+    states: States
+    scaling: Scaling | None = None
+    trains: bool = False
+    tensors: tuple[TensorPlan, ...]
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def numel(self) -> int:
+        """Number of parameters."""
+        return sum(tensor.numel for tensor in self.tensors)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def resting_bytes(self) -> int:
+        """Bytes of all tensors at rest, scales included."""
+        per_element = BYTES_PER_ELEMENT[self.states.onload.storage_dtype]
+        return self.numel * per_element + sum(
+            scale_bytes(tensor.shape, self.scaling) for tensor in self.tensors
+        )
+
+
+class LoraLayer(Frozen):
+    """One layer that gets an adapter. shape: of the base weight, output dimension first."""
+
+    name: str
+    kind: TensorKind
+    shape: tuple[int, ...]
+
+
+class LoraPlan(Frozen):
+    """The adapter of a component, with `target_modules` already resolved to layer names. Adapters are float32."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    use_rslora: bool
+    use_dora: bool
+    init_from: str | None
+    layers: tuple[LoraLayer, ...]
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def numel(self) -> int:
+        """Adapter parameters: A (rank, inputs...), B (outputs, rank), and DoRA's magnitude (outputs)."""
+        return sum(self._layer_numel(layer) for layer in self.layers)
+
+    def _layer_numel(self, layer: LoraLayer) -> int:
+        outputs, inputs = layer.shape[0], prod(layer.shape[1:])
+        return self.rank * (inputs + outputs) + (outputs if self.use_dora else 0)
+
+
+class ComponentPlan(Frozen):
+    """One component: its files, how it rests, what of it trains.
+
+    folder: absolute path of the component's folder (config.json and weights).
+    commit: the hub commit that `revision` stood for; None for a local folder.
+    optimizer_bytes_per_parameter: state of the optimizer, e.g. 8 for Adam in float32.
+    """
+
+    name: str
+    source: str
+    folder: str
+    commit: str | None
+    trainable: Literal["none", "lora", "full"]
+    groups: tuple[TensorGroup, ...]
+    lora: LoraPlan | None
+    gradient_checkpointing: bool = False
+    optimizer_bytes_per_parameter: int = 0
+    ema: bool = False
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def numel(self) -> int:
+        """Parameters of the published component, adapters not counted."""
+        return sum(group.numel for group in self.groups)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def resting_bytes(self) -> int:
+        """Bytes of the component's own weights once it is loaded."""
+        return sum(group.resting_bytes for group in self.groups)
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def trained_numel(self) -> int:
+        """Parameters that gradients update."""
+        return sum(group.numel for group in self.groups if group.trains) + (
+            self.lora.numel if self.lora else 0
+        )
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes of the float32 adapter weights."""
+        return 4 * self.lora.numel if self.lora else 0
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of the float32 gradients."""
+        return 4 * self.trained_numel
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def optimizer_bytes(self) -> int:
+        """Bytes of optimizer state."""
+        return self.optimizer_bytes_per_parameter * self.trained_numel
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def ema_bytes(self) -> int:
+        """Bytes of the moving average of trained weights (float32)."""
+        return 4 * self.trained_numel if self.ema else 0
+
+
+class PhasePlan(Frozen):
+    """What one phase of a run holds. Bytes of weights and what training adds to them; activations are not counted.
+
+    components: names of the components that are loaded in this phase.
+    """
+
+    name: Phase
+    components: tuple[str, ...]
+    device_bytes: int
+    host_bytes: int
+
+
+class VramPlan(Frozen):
+    """The whole plan of a run or of a generation."""
+
+    purpose: Purpose
+    family: str
+    compute_dtype: Literal["bf16", "fp32", "fp16"]
+    device: str
+    components: tuple[ComponentPlan, ...]
+    phases: tuple[PhasePlan, ...]
+
+    def component(self, name: str) -> ComponentPlan:
+        """Return the component called `name`; KeyError if the plan has none."""
+        for component in self.components:
+            if component.name == name:
+                return component
+        raise KeyError(name)
+
+    def has(self, name: str) -> bool:
+        """Whether the plan loads a component called `name`."""
+        return any(c.name == name for c in self.components)
+
+    def phase(self, name: Phase) -> PhasePlan:
+        """Return a phase by name; KeyError if the plan has none."""
+        for phase in self.phases:
+            if phase.name == name:
+                return phase
+        raise KeyError(name)
+
+
+def scale_bytes(shape: tuple[int, ...], scaling: Scaling | None) -> int:
+    """Bytes of the float32 dequantisation scales beside codes of this shape (output dimension first).
+
+    `none` stores no scale.
+    """
+    if scaling is None or scaling == "none":
+        return 0
+    return 4 * (shape[0] if scaling == "row" else 1)

@@ -1,0 +1,1 @@
+"""Makes a VRAM plan real: reads weights, places them, attaches adapters."""

@@ -1,0 +1,131 @@
+"""The `model` section: which checkpoint, and for each component how it is stored and what of it trains."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints
+
+from framework.schema.base import Section
+
+Glob = Annotated[str, StringConstraints(min_length=1)]
+Precision = Literal["fp8", "bf16"]
+Trainable = Literal["none", "lora", "full"]
+ComputeDtype = Literal["bf16", "fp32", "fp16"]
+Scaling = Literal["row", "tensor", "none"]
+LayerKind = Literal["linear", "conv", "embedding"]
+
+
+class Fp8Config(Section):
+    """How a component with `precision: fp8` is stored; read only then."""
+
+    scaling: Scaling = Field(
+        "row",
+        description="One dequantisation scale per output row (most exact), per tensor, or none (a plain cast: weights below 0.002 are lost).",
+    )
+    keep_high_precision: tuple[Glob, ...] | None = Field(
+        None,
+        description="Globs over layer names that stay in bf16, e.g. `transformer_blocks.0.*`; unset means the family's list.",
+        examples=[["img_in", "norm_out*"]],
+    )
+    layers: tuple[LayerKind, ...] = Field(
+        ("linear",),
+        min_length=1,
+        description="Kinds of layers stored in FP8. Norms and biases always stay in bf16.",
+    )
+
+
+class LoraConfig(Section):
+    """A low-rank adapter (Hu et al. 2021, arXiv:2106.09685) on a frozen component; read only with `trainable: lora`."""
+
+    rank: int = Field(16, ge=1, le=4096, description="Inner dimension of the two adapter matrices.")
+    alpha: float = Field(
+        16.0,
+        gt=0,
+        description="The adapter's output is scaled by alpha / rank (alpha / sqrt(rank) with rsLoRA).",
+    )
+    dropout: float = Field(
+        0.0, ge=0, lt=1, description="Probability of dropping an adapter input while training."
+    )
+    target_modules: tuple[Glob, ...] | None = Field(
+        None,
+        min_length=1,
+        description="Layers that get an adapter: globs or name endings, e.g. `attn.to_q`; unset means the family's list.",
+        examples=[["attn.to_q", "attn.to_v"]],
+    )
+    use_rslora: bool = Field(
+        False, description="Rank-stabilised scaling (Kalajdzievski 2023, arXiv:2312.03732)."
+    )
+    use_dora: bool = Field(
+        False, description="Weight-decomposed adapter (Liu et al. 2024, arXiv:2402.09353)."
+    )
+    init_from: str | None = Field(
+        None, description="A LoRA `.safetensors` file to start from; rank and layers must agree."
+    )
+
+
+class ComponentConfig(Section):
+    """One component of the model."""
+
+    precision: Precision = Field(
+        "bf16",
+        description="How frozen weights are stored. Computation stays in `model.compute_dtype`.",
+    )
+    trainable: Trainable = Field(
+        "none", description="Nothing, a LoRA on frozen weights, or every weight."
+    )
+    source: str | None = Field(
+        None, description="Folder or hub id for this component alone; unset means `model.source`."
+    )
+    fp8: Fp8Config = Field(default_factory=Fp8Config, description="Details of FP8 storage.")
+    lora: LoraConfig | None = Field(
+        None,
+        description="The adapter, where `trainable: lora`; unset means rank 16 on the family's layers.",
+    )
+
+
+class DitConfig(ComponentConfig):
+    """The diffusion transformer."""
+
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Recompute each block in the backward pass: less activation memory, about a third more time.",
+    )
+
+
+class QwenImageConfig(Section):
+    """A Qwen-Image checkpoint (arXiv:2508.02324) in the published diffusers layout."""
+
+    family: Literal["qwen_image"] = Field(
+        description="Model family; decides the components and how they are called."
+    )
+    source: str = Field(min_length=1, description="Hub id such as `Qwen/Qwen-Image`, or a folder.")
+    revision: str = Field(
+        "main",
+        min_length=1,
+        description="Hub branch, tag or commit; the commit it stood for is written to the run folder.",
+    )
+    compute_dtype: ComputeDtype = Field(
+        "bf16", description="Number format of the arithmetic. Parameters that train are float32."
+    )
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
+        description="`auto` takes a GPU if there is one; or cpu, cuda, cuda:N, mps.",
+    )
+    dit: DitConfig = Field(default_factory=DitConfig, description="The diffusion transformer.")
+    text_encoder: ComponentConfig = Field(
+        default_factory=ComponentConfig, description="Qwen2.5-VL's language model."
+    )
+    vae: ComponentConfig = Field(
+        default_factory=ComponentConfig, description="The image autoencoder."
+    )
+
+    @property
+    def components(self) -> dict[str, ComponentConfig]:
+        """Component name -> its settings, in the order in which a run uses them."""
+        return {"text_encoder": self.text_encoder, "vae": self.vae, "dit": self.dit}
+
+
+# A second family makes this a union discriminated by `family`.
+ModelConfig = QwenImageConfig

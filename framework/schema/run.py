@@ -1,0 +1,268 @@
+"""The sections of a run beside `model`, and `RunConfig`, the only form in which settings travel."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, StringConstraints
+
+from framework.schema.base import Section
+from framework.schema.model import ModelConfig
+
+OptimizerName = Literal[
+    "adamw", "adam", "nadam", "radam", "adafactor", "sgd", "rmsprop", "adagrad",
+    "adamw_8bit", "paged_adamw_8bit", "lion_8bit", "prodigy",
+]  # fmt: skip
+Sigma = Annotated[float, Field(gt=0, le=1)]
+
+
+class DataConfig(Section):
+    """The pictures and captions to train on."""
+
+    path: str = Field(
+        min_length=1,
+        description="A folder of pictures (captions in .txt files or a metadata file), or a .csv, .jsonl or .parquet file.",
+    )
+    batch_size: int = Field(
+        1, ge=1, description="Pictures per device and micro-step; all of one batch share a size."
+    )
+    max_px: int = Field(
+        1024 * 1024,
+        ge=256,
+        description="Pixel budget of a picture (width x height); aspect-ratio buckets keep below it.",
+    )
+    max_aspect_ratio: float = Field(
+        2.0,
+        ge=1,
+        description="Longest allowed side ratio of a bucket; wider pictures are cropped to it.",
+    )
+    repeats: int = Field(1, ge=1, description="How often each picture stands in one epoch.")
+    caption_dropout: float = Field(
+        0.0, ge=0, le=1, description="Probability of training a picture with an empty caption."
+    )
+    num_workers: int = Field(0, ge=0, description="Processes that read pictures.")
+    on_bad_sample: Literal["error", "skip"] = Field(
+        "error",
+        description="A picture that can't be read stops the run before it starts, or is skipped and counted.",
+    )
+    cache: bool = Field(
+        True,
+        description="Encode pictures and captions once and keep the result, where the encoders are frozen.",
+    )
+    cache_dir: str = Field(
+        ".octavo/cache",
+        min_length=1,
+        description="Where encoded pictures and captions are kept; runs share it.",
+    )
+
+
+class ObjectiveConfig(Section):
+    """Flow matching (Lipman et al. 2022, arXiv:2210.02747): x_sigma = (1 - sigma) x0 + sigma noise, target noise - x0."""
+
+    name: Literal["flow_matching"] = Field("flow_matching", description="The training objective.")
+    timestep_sampling: Literal["uniform", "logit_normal"] = Field(
+        "logit_normal",
+        description="How noise levels are drawn (Esser et al. 2024, arXiv:2403.03206, section 3.1).",
+    )
+    logit_mean: float = Field(
+        0.0, description="Mean of the logit-normal distribution; higher means noisier."
+    )
+    logit_std: float = Field(
+        1.0, gt=0, description="Standard deviation of the logit-normal distribution."
+    )
+    shift: Literal["scheduler"] | Annotated[float, Field(gt=0)] = Field(
+        "scheduler",
+        description="Moves noise levels towards 1: a factor (1 = none), or as the checkpoint's scheduler config says for the picture's size.",
+    )
+    loss: Literal["mse", "huber"] = Field(
+        "mse", description="Distance between prediction and target."
+    )
+    huber_delta: float = Field(
+        0.1,
+        gt=0,
+        description="Where the Huber loss turns from square to linear; read only with `loss: huber`.",
+    )
+    weighting: Literal["none", "sigma_sqrt", "cosmap"] = Field(
+        "none",
+        description="Weight of each noise level in the loss (arXiv:2403.03206, section 3.1).",
+    )
+    vae_kl_weight: float = Field(
+        1e-6,
+        ge=0,
+        description="Weight of the KL term where the VAE trains (on reconstruction; Kingma & Welling 2013, arXiv:1312.6114).",
+    )
+
+
+class EmaConfig(Section):
+    """An exponential moving average of the weights that train; samples, validation and the saved result use it."""
+
+    decay: float = Field(
+        0.999, gt=0, lt=1, description="Share of the average that each step keeps."
+    )
+
+
+class OptimConfig(Section):
+    """The optimizer and its learning-rate schedule."""
+
+    name: OptimizerName = Field(
+        "adamw",
+        description="torch's optimizers; *_8bit need bitsandbytes, prodigy needs prodigyopt.",
+    )
+    lr: float = Field(1e-4, gt=0, lt=10, description="Peak learning rate.")
+    betas: (
+        tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] | None
+    ) = Field(
+        None,
+        description="Decay of the moment estimates, for optimizers of the Adam kind; unset means the optimizer's own.",
+    )
+    weight_decay: float = Field(
+        0.01, ge=0, description="Decoupled weight decay where the optimizer has it."
+    )
+    warmup_steps: int = Field(
+        0, ge=0, description="Steps over which the rate rises linearly from 0."
+    )
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        "constant",
+        description="What the rate does after warm-up: stay, or fall to 0 at `trainer.max_steps`.",
+    )
+    ema: EmaConfig | None = Field(
+        None, description="Keep a moving average of the trained weights; unset means none."
+    )
+
+
+class TrainerConfig(Section):
+    """How long and on what the run trains."""
+
+    max_steps: int = Field(1000, ge=1, description="Optimizer steps.")
+    accumulate_grad_batches: int = Field(
+        1, ge=1, description="Micro-steps whose gradients are averaged into one optimizer step."
+    )
+    gradient_clip_val: float | None = Field(
+        1.0, gt=0, description="Largest gradient norm; null turns clipping off."
+    )
+    devices: int = Field(
+        1, ge=1, description="Processes (one per GPU, or CPU processes with `strategy: ddp`)."
+    )
+    num_nodes: int = Field(1, ge=1, description="Machines.")
+    strategy: Literal["auto", "ddp"] = Field(
+        "auto",
+        description="`ddp` averages gradients over processes; `auto` is one process, or ddp with several.",
+    )
+    log_every_n_steps: int = Field(10, ge=1, description="Optimizer steps between log rows.")
+    seed: int = Field(
+        42,
+        ge=0,
+        lt=2**32,
+        description="Seeds adapter initialisation, data order, noise and dropout.",
+    )
+
+
+class CheckpointConfig(Section):
+    """What a stopped run goes on from."""
+
+    every_n_steps: int = Field(
+        500,
+        ge=1,
+        description="Optimizer steps between checkpoints; one is also written at the last step.",
+    )
+    keep_last: int = Field(2, ge=1, description="How many checkpoints of the run are kept.")
+    resume: str = Field(
+        "auto",
+        min_length=1,
+        description="`auto` goes on with an unfinished run of the same configuration, `never` starts anew, a path names a run folder or a .ckpt file.",
+    )
+
+
+class SampleConfig(Section):
+    """Pictures made before, during and after training, always from the same noise."""
+
+    prompts: tuple[str, ...] = Field(
+        (), description="One picture per prompt; empty means no samples."
+    )
+    negative_prompt: str = Field(" ", description="What guidance leads away from.")
+    every_n_steps: int = Field(
+        0, ge=0, description="Optimizer steps between samples; 0 means only before and after."
+    )
+    num_inference_steps: int = Field(30, ge=1, description="Denoising steps.")
+    guidance_scale: float = Field(
+        4.0,
+        ge=1,
+        description="Classifier-free guidance (arXiv:2207.12598); 1 turns it off and halves the work.",
+    )
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="Seed of the first prompt's noise; prompt i uses seed + i."
+    )
+    size_px: tuple[Annotated[int, Field(ge=16)], Annotated[int, Field(ge=16)]] = Field(
+        (1024, 1024), description="Width and height."
+    )
+
+
+class ValidationConfig(Section):
+    """Loss on a held-out part of the data, at fixed noise levels and noise, so that its values can be compared."""
+
+    fraction: float = Field(
+        0.0, ge=0, le=0.5, description="Share of the pictures held out; 0 turns validation off."
+    )
+    every_n_steps: int = Field(500, ge=1, description="Optimizer steps between validations.")
+    max_samples: int = Field(64, ge=1, description="At most this many held-out pictures are used.")
+    sigmas: tuple[Sigma, ...] = Field(
+        (0.1, 0.3, 0.5, 0.7, 0.9),
+        min_length=1,
+        description="Noise levels at which each picture is judged.",
+    )
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="Chooses the held-out pictures and their noise."
+    )
+
+
+class WandbConfig(Section):
+    """Weights & Biases; needs the extra `wandb`."""
+
+    project: str = Field(min_length=1, description="Project that the run is shown in.")
+    entity: str | None = Field(None, description="Team or user.")
+    mode: Literal["online", "offline"] = Field(
+        "online", description="`offline` writes files to upload later."
+    )
+
+
+class LoggerConfig(Section):
+    """Where losses and pictures are logged."""
+
+    tensorboard: bool = Field(True, description="Event files in `<run>/tensorboard`.")
+    csv: bool = Field(True, description="`<run>/metrics.csv`.")
+    wandb: WandbConfig | None = Field(None, description="Weights & Biases; unset means off.")
+
+
+class RunSection(Section):
+    """What the run is called and where its folder lies."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="Name of the run; its folder is `<output_dir>/<name>/<number>`.",
+    )
+    output_dir: str = Field("outputs", min_length=1, description="Folder of all runs.")
+
+
+class RunConfig(Section):
+    """A whole training run."""
+
+    model: ModelConfig = Field(description="The checkpoint and its components.")
+    data: DataConfig = Field(description="Pictures and captions.")
+    objective: ObjectiveConfig = Field(
+        default_factory=ObjectiveConfig, description="Noise levels and loss."
+    )
+    optim: OptimConfig = Field(default_factory=OptimConfig, description="Optimizer and schedule.")
+    trainer: TrainerConfig = Field(
+        default_factory=TrainerConfig, description="Length, devices, seed."
+    )
+    checkpoint: CheckpointConfig = Field(
+        default_factory=CheckpointConfig, description="Saving and resuming."
+    )
+    sample: SampleConfig = Field(
+        default_factory=SampleConfig, description="Pictures of the progress."
+    )
+    validation: ValidationConfig = Field(
+        default_factory=ValidationConfig, description="Held-out loss."
+    )
+    logger: LoggerConfig = Field(default_factory=LoggerConfig, description="Logs.")
+    run: RunSection = Field(description="Name and folder.")

@@ -1,0 +1,1 @@
+"""Training by Lightning: the module, optimizers, callbacks, checkpoints and exact resume."""
