@@ -1,9 +1,9 @@
-"""One file per model family: its components, how to encode, how to call the diffusion transformer.
-
-A family's class is imported when it is asked for, because each import of a model costs seconds.
-"""
+"""One file per model family: its components, how to encode, how to call the diffusion transformer."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from difflib import get_close_matches
 
 from framework.errors import ConfigError, Fault
 from framework.models.base import Family, SampleSettings, TextConditioning
@@ -13,10 +13,18 @@ __all__ = ["Family", "SampleSettings", "TextConditioning", "get_family"]
 
 def get_family(name: str) -> Family:
     """Return a new adapter for the family called `name`; ConfigError where there is none."""
-    if name == "qwen_image":
-        from framework.models.qwen_image import QwenImageFamily
+    build = _BUILDERS.get(name)
+    if build is None:
+        nearest = tuple(get_close_matches(name, _BUILDERS)) or tuple(_BUILDERS)
+        raise ConfigError([Fault("model.family", f"{name!r} is no model family", nearest=nearest)])
+    return build()
 
-        return QwenImageFamily()
-    raise ConfigError(
-        [Fault("model.family", f"{name!r} is no model family", nearest=("qwen_image",))]
-    )
+
+def _qwen_image() -> Family:
+    # Imported when asked for: the classes of one model cost seconds.
+    from framework.models.qwen_image import QwenImageFamily
+
+    return QwenImageFamily()
+
+
+_BUILDERS: dict[str, Callable[[], Family]] = {"qwen_image": _qwen_image}

@@ -1,0 +1,186 @@
+"""Write a fully trained component into the files it was published in, so that other tools load it.
+
+Tensors are written one at a time: beyond the module itself, memory holds the largest tensor once.
+The folder appears whole or not at all: it is written beside its final place, synced and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from framework.errors import PlanError
+from framework.inventory import StoredTensor, read_inventory
+from framework.plan.match import module_name
+from framework.schema.families import ComponentSpec
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_COPY_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One tensor of a file to write: new values, or None to copy the stored bytes."""
+
+    key: str
+    stored: StoredTensor
+    source: Path
+    values: Tensor | None
+    dtype_name: str
+
+    @property
+    def num_bytes(self) -> int:
+        if self.values is None:
+            return self.stored.num_bytes
+        return prod(self.stored.shape) * _DTYPES[self.dtype_name].itemsize
+
+
+def save_component(
+    spec: ComponentSpec,
+    module: nn.Module,
+    folder: Path,
+    *,
+    source_folder: Path,
+    storage_dtype: torch.dtype | None = None,
+) -> None:
+    """Write `module` as `folder`, with the file names, keys and configs of `source_folder`.
+
+    storage_dtype: of the trained tensors; None keeps each one's published dtype (bf16 for FP8
+    files). Tensors that the family never loads are copied byte for byte. An existing `folder` is
+    replaced.
+    Raises PlanError where the module's tensors and the published ones aren't the same set.
+    """
+    entries = _pair(spec, module, source_folder, storage_dtype)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        for file, contents in entries.items():
+            _write_file(staging / file, contents)
+        _write_configs(source_folder, staging, entries)
+        staging.chmod(0o755)
+        _sync(staging)
+        _replace_folder(staging, folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _pair(
+    spec: ComponentSpec, module: nn.Module, source: Path, storage_dtype: torch.dtype | None
+) -> dict[str, list[_Entry]]:
+    """File -> entries: each published tensor with its trained values, if it has any."""
+    trained = module.state_dict()
+    unsaved = set(trained)
+    entries: dict[str, list[_Entry]] = {}
+    for key, stored in read_inventory(source).items():
+        name = module_name(key, spec)
+        values = None if name is None else trained.get(name)
+        if name is not None and (values is None or tuple(values.shape) != tuple(stored.shape)):
+            found = "nothing" if values is None else f"shape {tuple(values.shape)}"
+            raise PlanError(
+                f"the trained {spec.subfolder} has no {name} of shape {tuple(stored.shape)}",
+                where=str(source / Path(stored.file).name),
+                found=found,
+            )
+        unsaved.discard(name or "")
+        # The name alone, so that nothing can be written outside the new folder.
+        file = Path(stored.file).name
+        dtype_name = stored.dtype
+        if values is not None:
+            dtype = storage_dtype or _DTYPES.get(stored.dtype, torch.bfloat16)
+            dtype_name = _NAMES[dtype]
+        entries.setdefault(file, []).append(_Entry(key, stored, source / file, values, dtype_name))
+    if unsaved:
+        raise PlanError(
+            f"the published {spec.subfolder} has no place for {', '.join(sorted(unsaved)[:5])}",
+            where=str(source),
+            hint="only a component that trains in full is saved so; a LoRA is saved by itself",
+        )
+    return entries
+
+
+def _write_file(path: Path, entries: Sequence[_Entry]) -> None:
+    """Write one safetensors file: header length (8 bytes), JSON header, then the tensors' bytes."""
+    # Wide elements first, so that every tensor starts at a multiple of its element's size.
+    ordered = sorted(entries, key=lambda e: (-e.num_bytes // max(1, prod(e.stored.shape)), e.key))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for entry in ordered:
+        header[entry.key] = {
+            "dtype": entry.dtype_name,
+            "shape": list(entry.stored.shape),
+            "data_offsets": [position, position + entry.num_bytes],
+        }
+        position += entry.num_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for entry in ordered:
+            _write_tensor(file, entry)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_tensor(file: BinaryIO, entry: _Entry) -> None:
+    if entry.values is not None:
+        values = entry.values.detach().to("cpu", _DTYPES[entry.dtype_name]).contiguous()
+        file.write(values.reshape(-1).view(torch.uint8).numpy().data)
+        return
+    with entry.source.open("rb") as source:
+        source.seek(entry.stored.start)
+        left = entry.num_bytes
+        while left:
+            chunk = source.read(min(left, _COPY_BYTES))
+            if not chunk:
+                raise PlanError(f"{entry.key} is cut short", where=str(entry.source))
+            file.write(chunk)
+            left -= len(chunk)
+
+
+def _write_configs(source: Path, staging: Path, entries: Mapping[str, Sequence[_Entry]]) -> None:
+    """Copy the published configs; the index gets the new total size."""
+    total = sum(entry.num_bytes for contents in entries.values() for entry in contents)
+    for path in sorted(source.glob("*.json")):
+        target = staging / path.name
+        if path.name.endswith(".safetensors.index.json"):
+            index = json.loads(path.read_text(encoding="utf-8"))
+            index["metadata"] = {**(index.get("metadata") or {}), "total_size": total}
+            target.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        else:
+            shutil.copyfile(path, target)
+        _sync(target)
+
+
+def _replace_folder(staging: Path, folder: Path) -> None:
+    """Rename `staging` to `folder`; an older `folder` steps aside first and is then deleted."""
+    if folder.exists():
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+        folder.rename(aside / folder.name)
+        staging.rename(folder)
+        shutil.rmtree(aside)
+    else:
+        staging.rename(folder)
+    _sync(folder.parent)
+
+
+def _sync(path: Path) -> None:
+    """Make a file or a rename survive a power cut; nothing to do where folders can't be opened."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
