@@ -5,6 +5,7 @@ C, h, w: latent channels, height, width.   L, D: text tokens, text width.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import zlib
@@ -14,7 +15,7 @@ from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from framework.data.files import write_atomic
@@ -25,8 +26,8 @@ Kind = Literal["latents", "text"]
 
 # Part of every key: raise it when the meaning of an entry changes.
 CACHE_VERSION = 1
-_TENSOR = "value"
-_DAMAGE = (SafetensorError, OSError, KeyError, ValueError)
+_VALUE = "value"
+_CHECKSUM = "crc32"
 
 
 def encoder_identity(
@@ -80,17 +81,17 @@ class EncodedCache:
         """
         file = self.path(kind, key)
         try:
-            with safe_open(file, framework="pt") as entry:
-                checksum = (entry.metadata() or {})["crc32"]
-                value: Tensor = entry.get_tensor(_TENSOR)
-        except FileNotFoundError:
+            # Read at once: safe_open opens the file twice, and another process may replace it in between.
+            entry = load(file.read_bytes())
+        except OSError:
             return None
-        except _DAMAGE:
-            checksum = ""
-        if not checksum or checksum != _checksum(value):
-            file.unlink(missing_ok=True)
-            return None
-        return value
+        except (SafetensorError, ValueError, KeyError):
+            entry = {}
+        if entry.keys() == {_VALUE, _CHECKSUM} and _checksum(entry[_VALUE]) == entry[_CHECKSUM]:
+            return entry[_VALUE]
+        with contextlib.suppress(OSError):
+            file.unlink()
+        return None
 
     def put(self, kind: Kind, key: str, value: Tensor) -> None:
         """Keep an entry: latents (C, h, w) or an unpadded text embedding (L, D), any float dtype, any device.
@@ -103,7 +104,7 @@ class EncodedCache:
                 f"an encoder gave {kind} that are not finite",
                 hint="try model.compute_dtype=bf16 or fp32; fp16 overflows above 65504",
             )
-        data = save({_TENSOR: value}, metadata={"kind": kind, "crc32": _checksum(value)})
+        data = save({_VALUE: value, _CHECKSUM: _checksum(value)})
         try:
             write_atomic(self.path(kind, key), data)
         except OSError as error:
@@ -117,10 +118,11 @@ class EncodedCache:
     def _is_whole(self, kind: Kind, key: str) -> bool:
         try:
             with safe_open(self.path(kind, key), framework="pt") as entry:
-                return "crc32" in (entry.metadata() or {}) and _TENSOR in entry.keys()  # noqa: SIM118
-        except _DAMAGE:
+                return set(entry.keys()) == {_VALUE, _CHECKSUM}
+        except (SafetensorError, OSError, ValueError, KeyError):
             return False
 
 
-def _checksum(value: Tensor) -> str:
-    return f"{zlib.crc32(value.reshape(-1).view(torch.uint8).numpy().tobytes()):08x}"
+def _checksum(value: Tensor) -> Tensor:
+    """The CRC-32 of the bytes, as a tensor () int64 that lies beside them in the file."""
+    return torch.tensor(zlib.crc32(value.reshape(-1).view(torch.uint8).numpy().tobytes()))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import multiprocessing
+import pickle
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
@@ -281,14 +283,27 @@ class TestLoaders:
         self.batches(dataset, 3, num_workers=1)
         assert torch.equal(torch.get_rng_state(), state)
 
-    def test_an_error_in_a_worker_says_what_is_wrong(
-        self, samples: tuple[CheckedSample, ...], tmp_path: Path
+    @pytest.mark.parametrize("num_workers", [0, 2])
+    def test_an_error_in_a_worker_arrives_whole_and_ends_the_workers(
+        self, samples: tuple[CheckedSample, ...], tmp_path: Path, num_workers: int
     ) -> None:
         dataset = TrainingDataset(samples, buckets=BUCKETS)
         for file in (tmp_path / "set").glob("*.png"):
             file.unlink()
-        with pytest.raises(DataError, match="the picture can't be read"):
-            self.batches(dataset, 1, num_workers=1)
+        with pytest.raises(DataError, match=r"^\S+\.png: the picture can't be read\n.*$") as caught:
+            self.batches(dataset, 1, num_workers=num_workers)
+        assert caught.value.found == "No such file or directory"
+        assert not multiprocessing.active_children()
+
+    def test_a_dataset_can_be_sent_to_spawned_workers(
+        self, samples: tuple[CheckedSample, ...], encoded: EncodedSource
+    ) -> None:
+        dataset = TrainingDataset(samples, buckets=BUCKETS, encoded=encoded, caption_dropout=0.5)
+        fill(dataset)
+        plan = BatchPlan(dataset.bucket_of, batch_size=1, seed=0)
+        loader = build_train_loader(dataset, plan)
+        copy = pickle.loads(pickle.dumps(loader.dataset))
+        assert equal(copy[ItemRequest(3, 1, 0)], dataset[ItemRequest(3, 1, 0)])
 
     def test_validation_sees_every_sample_once(self, samples: tuple[CheckedSample, ...]) -> None:
         dataset = TrainingDataset(samples, buckets=BUCKETS)

@@ -1,0 +1,228 @@
+"""The command `octavo`: reads the command line, and turns every error that is meant for a person into a report."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from framework import __version__
+from framework.cli.report import error_console, output_console, print_error, print_usage_error
+from framework.errors import DataError, OctavoError
+
+# typer carries its own copy of click in some versions, so the base of command-line errors is found by its name.
+_COMMAND_LINE_ERROR: type[Exception] = next(
+    ancestor for ancestor in typer.BadParameter.__mro__ if ancestor.__name__ == "ClickException"
+)
+_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="octavo",
+    help="Train large diffusion models from declarative YAML, with frozen weights stored in FP8.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+prepare_app = typer.Typer(help="Make a data set that recipes train on.")
+app.add_typer(prepare_app, name="prepare")
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="recipe=NAME [KEY=VALUE]...",
+        help="The recipe and what differs from it, e.g. recipe=pocket_lora model.dit.precision=fp8.",
+        show_default=False,
+    ),
+]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 1 the run failed, 2 the request can't be met, 130 stopped.
+
+    argv: without the program's name; None means the process's own.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = typer.main.get_command(app).main(
+            arguments, prog_name="octavo", standalone_mode=False
+        )
+    except OctavoError as error:
+        print_error(error)
+        return error.exit_code
+    except _COMMAND_LINE_ERROR as error:
+        return _report_usage(error, arguments)
+    except (KeyboardInterrupt, typer.Abort):
+        return _report_interrupt(arguments)
+    except SystemExit as error:
+        # Lightning catches Ctrl+C itself, tears the run down and leaves with exit().
+        if isinstance(error.__context__, KeyboardInterrupt):
+            return _report_interrupt(arguments)
+        raise
+    if code == _INTERRUPTED:  # typer caught Ctrl+C
+        return _report_interrupt(arguments)
+    return code if isinstance(code, int) else 0
+
+
+@app.callback(invoke_without_command=True)
+def _octavo(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.")
+    ] = False,
+) -> None:
+    if version:
+        output_console().print(f"octavo {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        sys.stdout.write(context.get_help() + "\n")
+
+
+@app.command()
+def train(overrides: Overrides = None) -> None:
+    """Train a run, or go on with one that was stopped."""
+    from framework.cli.train import run_training
+
+    run_training(overrides or [])
+
+
+@app.command()
+def plan(
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            "--layers", metavar="COMPONENT", help="List the layers of one component instead."
+        ),
+    ] = None,
+) -> None:
+    """Say what a run will hold in memory, from the headers of its weights alone."""
+    from framework.cli.plan import run_plan
+
+    run_plan(overrides or [], as_json=as_json, layers=layers)
+
+
+@app.command()
+def validate(overrides: Overrides = None) -> None:
+    """Judge a configuration without reading anything else."""
+    from framework.cli.configuration import judged_config
+
+    with judged_config(overrides or [], use="train") as config:
+        output_console().print(f"The configuration of {config.run.name} is valid.")
+
+
+@app.command("generate")
+@dataclass
+class Generate:
+    """Make pictures with the model of a recipe, with or without a LoRA."""
+
+    # A class, because its options are many: typer reads the fields as it reads a function's parameters.
+    overrides: Overrides = None
+    prompts: Annotated[
+        list[str] | None,
+        typer.Option("--prompt", help="What to draw; once per picture. Default: sample.prompts."),
+    ] = None
+    lora: Annotated[Path | None, typer.Option("--lora", help="A LoRA .safetensors file.")] = None
+    seed: Annotated[int | None, typer.Option("--seed", help="Default: sample.seed.")] = None
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="Default: sample.num_inference_steps.")
+    ] = None
+    guidance: Annotated[
+        float | None, typer.Option("--guidance", help="Default: sample.guidance_scale.")
+    ] = None
+    size: Annotated[
+        str | None, typer.Option("--size", metavar="WxH", help="Default: sample.size_px.")
+    ] = None
+    out: Annotated[Path, typer.Option("--out", help="Folder for the PNG files.")] = Path(
+        "outputs/generated"
+    )
+
+    def __post_init__(self) -> None:
+        from framework.cli.generate import run_generation, sample_overrides
+
+        changes = sample_overrides(
+            seed=self.seed, steps=self.steps, guidance=self.guidance, size=self.size
+        )
+        run_generation(
+            [*(self.overrides or []), *changes],
+            prompts=self.prompts or [],
+            lora=self.lora,
+            out=self.out,
+        )
+
+
+@app.command()
+def schema(
+    form: Annotated[
+        Literal["json", "markdown"],
+        typer.Option("--format", help="JSON Schema, or the page of all keys."),
+    ] = "json",
+) -> None:
+    """Print every key that a configuration may hold."""
+    from framework.cli.schema import schema_text
+
+    sys.stdout.write(schema_text(form))
+
+
+@prepare_app.callback(invoke_without_command=True)
+def _prepare(context: typer.Context) -> None:
+    """Make a data set that recipes train on."""
+    if context.invoked_subcommand is None:
+        sys.stdout.write(context.get_help() + "\n")
+
+
+@prepare_app.command()
+def openmoji(
+    style: Annotated[
+        Literal["color", "line"],
+        typer.Option("--style", help="Coloured pictures or line drawings."),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder for the pictures; made anew.")],
+    subset: Annotated[
+        Literal["pocket", "all"],
+        typer.Option("--subset", help="The pocket model's subjects, or every emoji."),
+    ] = "pocket",
+    size_px: Annotated[
+        int, typer.Option("--size-px", min=16, max=2048, help="Side of the square pictures.")
+    ] = 64,
+) -> None:
+    """Render OpenMoji (CC BY-SA 4.0) with captions; needs no network."""
+    try:
+        from framework.data.openmoji import prepare_openmoji
+    except ModuleNotFoundError as error:
+        hint = "Run `pip install octavo[openmoji]`."
+        raise DataError(
+            f"OpenMoji needs the package {error.name}, which isn't installed", hint=hint
+        ) from error
+    count = prepare_openmoji(out, style=style, size_px=size_px, subset=subset)
+    output_console().print(f"{count} pictures with captions in {out}")
+
+
+def _report_usage(error: BaseException, arguments: Sequence[str]) -> int:
+    """Report a command line that can't be understood; exit code 2."""
+    message = str(getattr(error, "format_message", lambda: str(error))())
+    command = next((name for name in arguments if name in _command_names()), "")
+    hint = f"`octavo {command} --help` lists what it takes.".replace("  ", " ")
+    dashed = [line for line in arguments if line.startswith("--") and "." in line.partition("=")[0]]
+    if dashed:
+        hint = f"Overrides have no dashes: {dashed[0].lstrip('-')}"
+    print_usage_error(message, hint)
+    return 2
+
+
+def _command_names() -> tuple[str, ...]:
+    return tuple(
+        str(info.name or getattr(info.callback, "__name__", "")) for info in app.registered_commands
+    )
+
+
+def _report_interrupt(arguments: Sequence[str]) -> int:
+    line = "Stopped."
+    if arguments[:1] == ["train"]:
+        line = "Stopped. The same command goes on from the last checkpoint."
+    error_console().print(line)
+    return _INTERRUPTED

@@ -1,0 +1,118 @@
+"""Every YAML that is shipped is composed, judged and, where its checkpoint is on this disk, planned."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from framework.compose import compose_run
+from framework.plan.build import build_run_plan
+from framework.schema import RunConfig
+from framework.schema.names import known_paths
+from framework.schema.validate import validate
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+CONF = sorted((ROOT / "conf").rglob("*.yaml"))
+OPTIONS = [path for path in CONF if path.parent != ROOT / "conf"]
+# What a shipped file leaves to the user, so that it can be judged as a whole.
+GIVEN = ["data.path=pictures"]
+MAX_COLUMNS = 120
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def recipe_of(path: Path) -> str:
+    return path.relative_to(ROOT / "recipes").with_suffix("").as_posix()
+
+
+def leaves(node: object, path: str = "") -> list[str]:
+    """Dotted path of every value."""
+    if not isinstance(node, dict):
+        return [path]
+    return [
+        leaf for key, value in node.items() for leaf in leaves(value, f"{path}.{key}".lstrip("."))
+    ]
+
+
+def test_the_walk_finds_files() -> None:
+    assert len(RECIPES) >= 4
+    assert len(OPTIONS) >= 6
+    assert not list(ROOT.glob("conf/**/*.yml")) + list(ROOT.glob("recipes/**/*.yml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_a_recipe_is_valid_and_warns_of_nothing(path: Path) -> None:
+    composition = compose_run([f"recipe={recipe_of(path)}", *GIVEN])
+    config, warnings = validate(composition.values, composition.where)
+    assert warnings == []
+    assert config.run.name == path.stem
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_a_recipe_says_how_to_use_it(path: Path) -> None:
+    """Its header names what to prepare, the command, and one override worth trying, which works."""
+    text = path.read_text(encoding="utf-8")
+    header = [line for line in text.splitlines() if line.startswith("#")]
+    assert any(line.startswith("# Prepare:") for line in header)
+    assert any(line.startswith("# Run:") and f"recipe={recipe_of(path)}" in line for line in header)
+    override = next(
+        line.partition(":")[2].strip() for line in header if line.startswith("# Worth trying:")
+    )
+    assert max(len(line) for line in text.splitlines()) <= MAX_COLUMNS
+    compose_run([f"recipe={recipe_of(path)}", *GIVEN, override])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=name_of)
+def test_a_recipe_is_planned_where_its_checkpoint_is_here(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    composition = compose_run([f"recipe={recipe_of(path)}", *GIVEN])
+    config, _ = validate(composition.values, composition.where)
+    if not Path(config.model.source, "transformer", "config.json").is_file():
+        pytest.skip(f"{config.model.source} is not on this disk")
+    plan = build_run_plan(config, device="cpu")
+    assert plan.phase("train").device_bytes > 0
+
+
+@pytest.mark.parametrize("path", OPTIONS, ids=name_of)
+def test_an_option_of_a_group_is_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: object()
+    )  # extras needn't be installed
+    group = path.parent.relative_to(ROOT / "conf").as_posix()
+    given = ["logger.wandb.project=x"] if path.stem == "wandb" else []
+    composition = compose_run(["recipe=pocket_lora", f"{group}={path.stem}", *GIVEN, *given])
+    validate(composition.values, composition.where)
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    written = [f"{group}.{leaf}" for leaf in leaves(values)]
+    assert set(written) <= set(known_paths(RunConfig)), "a key that the schema lacks"
+
+
+def test_the_root_configuration_puts_the_recipe_last() -> None:
+    root = yaml.safe_load((ROOT / "conf" / "config.yaml").read_text(encoding="utf-8"))
+    assert root["defaults"][-2:] == ["_self_", {"recipe": "???"}]
+    groups = {next(iter(entry)) for entry in root["defaults"] if isinstance(entry, dict)}
+    assert groups <= {*RunConfig.model_fields, "recipe"}
+
+
+@pytest.mark.parametrize("recipe", [recipe_of(path) for path in RECIPES])
+def test_fp8_can_be_asked_of_a_recipe_on_the_command_line(recipe: str) -> None:
+    overrides = [f"recipe={recipe}", *GIVEN, "model.dit.precision=fp8", "model.dit.trainable=lora"]
+    composition = compose_run(overrides)
+    config, _ = validate(composition.values, composition.where)
+    assert config.model.dit.precision == "fp8"
+
+
+def test_a_lora_recipe_becomes_a_full_one_by_overrides() -> None:
+    composition = compose_run(
+        ["recipe=pocket_lora", "model.dit.trainable=full", "model.dit.precision=bf16"]
+    )
+    config, warnings = validate(composition.values, composition.where)
+    assert config.model.dit.trainable == "full"
+    assert [fault.path for fault in warnings] == ["model.dit.lora"]
