@@ -1,0 +1,185 @@
+"""A whole run: from a checked configuration to a folder with what was trained."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies import DDPStrategy, Strategy
+
+from framework.errors import ConfigError, Fault
+from framework.inference.generate import load_family_extras
+from framework.models import get_family
+from framework.plan.build import build_run_plan
+from framework.runtime.devices import resolve_compute_dtype, resolve_device
+from framework.schema import RunConfig
+from framework.training.checkpoint_io import AtomicCheckpointIO
+from framework.training.checkpointing import CheckpointCallback
+from framework.training.data_module import DiffusionDataModule
+from framework.training.ema import UpdateEma
+from framework.training.lifecycle import RunLifecycle
+from framework.training.metrics import MetricsCallback, StepClock
+from framework.training.module import DiffusionTrainingModule
+from framework.training.optimizers import check_optimizer
+from framework.training.progress import StepProgress, show_log
+from framework.training.reproducibility import SeedEachMicroStep, seed_generators
+from framework.training.results import RunResult
+from framework.training.run_folder import check_same_sources, find_start
+from framework.training.run_log import check_loggers
+from framework.training.sampling import SampleCallback
+from framework.training.validation import ValidateCallback
+
+_PRECISIONS: dict[str, Any] = {"bf16": "bf16-mixed", "fp16": "16-mixed", "fp32": "32-true"}
+# Processes wait for the first one while it samples; longer than that, something is stuck. A guess.
+_PROCESS_TIMEOUT = timedelta(hours=2)
+# Warnings about what this package does on purpose, by the beginning of their text.
+_EXPECTED_WARNINGS = (
+    # frozen components are in eval mode while adapters on them train
+    r".*module\(s\) in eval mode at the start of training",
+    # workers are the user's choice; small data sets are faster without
+    r".*does not have many workers which may be a bottleneck",
+    # layers of the last block that take no part in the picture have no gradient, so DDP must look for them
+    r".*find_unused_parameters=True was specified in DDP constructor",
+    # a run that goes on finds its own folder
+    r".*Experiment logs directory .* exists and is not empty",
+    # Lightning 2.6 asks torch's tree specs in their old way
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    # a loss scaler may skip the first step
+    r".*Detected call of `lr_scheduler.step\(\)` before `optimizer.step\(\)`",
+)
+
+
+def fit(config: RunConfig, *, config_yaml: str) -> RunResult:
+    """Train as `config` says and return where the results are.
+
+    config_yaml: the resolved configuration as text, kept in the run's folder.
+    Everything that can be judged without weights is judged first. Raises ConfigError, SourceError, DataError or
+    PlanError before training and RunError where it can't be started, resumed or finished.
+    """
+    check_optimizer(config.optim)
+    check_loggers(config)
+    device = resolve_device(config.model.device)
+    _check_processes(config, device)
+    resolve_compute_dtype(config.model.compute_dtype, device)
+    plan = build_run_plan(config, device=str(device))
+    family = get_family(config.model.family)
+    load_family_extras(family, config.model)
+    start = find_start(config)
+    check_same_sources(start, {c.name: c.commit for c in plan.components})
+
+    clock = StepClock()
+    metrics = MetricsCallback(clock, every_n_steps=config.trainer.log_every_n_steps)
+    samples = SampleCallback(config.sample)
+    checkpoints = CheckpointCallback(config.checkpoint)
+    lifecycle = RunLifecycle(
+        config,
+        config_yaml=config_yaml,
+        plan=plan,
+        start=start,
+        metrics=metrics,
+        writers=(samples, checkpoints),
+    )
+    callbacks: list[pl.Callback] = [
+        lifecycle,
+        clock,
+        SeedEachMicroStep(config.trainer.seed),
+        UpdateEma(),
+        ValidateCallback(config.validation, metrics),
+        samples,
+        metrics,
+        StepProgress(metrics),
+        checkpoints,
+    ]
+    with _quiet_libraries(), show_log():
+        seed_generators(config.trainer.seed)
+        trainer = _build_trainer(config, device, callbacks)
+        module = DiffusionTrainingModule(
+            config, plan=plan, family=family, clock=clock, goes_on=start.folder is not None
+        )
+        data = DiffusionDataModule(config, plan=plan, family=family)
+        try:
+            trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint)
+            if lifecycle.result is None:
+                # The run was killed after its last checkpoint: there was no step left to make.
+                lifecycle.finish(trainer, module)
+        finally:
+            lifecycle.release()
+    assert lifecycle.result is not None
+    return lifecycle.result
+
+
+def _build_trainer(
+    config: RunConfig, device: torch.device, callbacks: list[pl.Callback]
+) -> pl.Trainer:
+    """Lightning's Trainer for one endless epoch of micro-steps; length is `max_steps` alone."""
+    settings = config.trainer
+    one = settings.devices == 1 and device.index is not None
+    devices: Any = [device.index] if one else settings.devices
+    return pl.Trainer(
+        accelerator=device.type,
+        devices=devices,
+        num_nodes=settings.num_nodes,
+        strategy=_strategy(config, device.type),
+        precision=_PRECISIONS[config.model.compute_dtype],
+        max_steps=settings.max_steps,
+        max_epochs=-1,
+        accumulate_grad_batches=settings.accumulate_grad_batches,
+        gradient_clip_val=settings.gradient_clip_val,
+        plugins=[AtomicCheckpointIO()],
+        callbacks=callbacks,
+        logger=False,
+        limit_val_batches=0,
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+
+
+def _strategy(config: RunConfig, kind: str) -> Strategy | str:
+    settings = config.trainer
+    if settings.strategy == "auto" and settings.devices * settings.num_nodes == 1:
+        return "auto"
+    return DDPStrategy(
+        process_group_backend="gloo" if kind == "cpu" else None,
+        find_unused_parameters=True,
+        timeout=_PROCESS_TIMEOUT,
+    )
+
+
+def _check_processes(config: RunConfig, device: torch.device) -> None:
+    """Refuse more processes than devices."""
+    wanted = config.trainer.devices
+    if wanted > 1 and ":" in config.model.device:
+        message = f"{wanted} processes can't share {config.model.device}"
+        hint = "set model.device=cuda, or trainer.devices=1"
+        raise ConfigError([Fault("trainer.devices", message, hint=hint)])
+    available = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device.type, wanted)
+    if wanted > available:
+        message = f"{wanted} processes need as many devices; this machine has {available}"
+        hint = f"set trainer.devices={available}"
+        raise ConfigError([Fault("trainer.devices", message, hint=hint)])
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Hold back Lightning's notes, and warnings about what is done here on purpose; no others."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            for message in _EXPECTED_WARNINGS:
+                warnings.filterwarnings("ignore", message=message)
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,107 @@
+"""From the claim of a run's folder to its last file."""
+
+from __future__ import annotations
+
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from rich.console import Console
+
+from framework.plan.table import plan_json, render_plan
+from framework.plan.types import VramPlan
+from framework.schema import RunConfig
+from framework.training.atomic import write_text
+from framework.training.checkpointing import CheckpointCallback
+from framework.training.memory import peak_memory_bytes
+from framework.training.metrics import MetricsCallback
+from framework.training.results import RunResult, save_results
+from framework.training.run_folder import RunFolder, RunStart
+from framework.training.run_log import build_loggers
+from framework.training.sampling import SampleCallback, write_sheet
+
+_PLAN_WIDTH = 120
+
+
+class RunLifecycle(pl.Callback):
+    """Claims the folder on the first process, tells the others, opens the logs, and saves what was trained.
+
+    Must stand first among the callbacks, because the others write into the folder.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        config_yaml: str,
+        plan: VramPlan,
+        start: RunStart,
+        metrics: MetricsCallback,
+        writers: tuple[SampleCallback, CheckpointCallback],
+    ) -> None:
+        self._config = config
+        self._config_yaml = config_yaml
+        self._plan = plan
+        self._start = start
+        self._metrics = metrics
+        self._writers = writers
+        self._folder: RunFolder | None = None
+        self.run_dir: Path | None = None
+        self.result: RunResult | None = None
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Claim and describe the folder; all samples have been checked by now."""
+        if trainer.is_global_zero:
+            self._folder = RunFolder.claim(self._start)
+            self._describe(self._folder)
+        path = str(self._folder.path) if self._folder is not None else None
+        self.run_dir = Path(str(trainer.strategy.broadcast(path, src=0)))
+        for writer in self._writers:
+            writer.run_dir = self.run_dir
+        trainer.loggers = build_loggers(
+            self._config, self.run_dir, resume_step=self._start.resume_step
+        )
+
+    def _describe(self, folder: RunFolder) -> None:
+        sources = {c.name: {"source": c.source, "commit": c.commit} for c in self._plan.components}
+        folder.begin(self._config, config_yaml=self._config_yaml, sources=sources)
+        write_text(folder.path / "plan.json", plan_json(self._plan) + "\n")
+        write_text(folder.path / "plan.txt", _plan_text(self._plan))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save what was trained."""
+        self.finish(trainer, pl_module)
+
+    def finish(self, trainer: pl.Trainer, module: Any) -> None:
+        """Save results and mark the run finished; also for a run that was killed in the midst of this."""
+        assert self.run_dir is not None
+        lora = model = sheet = None
+        if self._folder is not None:
+            lora, model = save_results(module, self.run_dir, steps=trainer.global_step)
+            sheet = write_sheet(self.run_dir, self._config.sample.prompts)
+            self._folder.write_state(state="finished", step=trainer.global_step)
+        self.result = RunResult(
+            run_dir=self.run_dir,
+            steps=trainer.global_step,
+            lora_path=lora,
+            model_path=model,
+            sheet_path=sheet,
+            last_train_loss=self._metrics.last_loss,
+            val_loss=self._metrics.last_validation,
+            peak_memory_bytes=peak_memory_bytes(trainer.strategy.root_device),
+            is_first_process=self._folder is not None,
+        )
+
+    def release(self) -> None:
+        """Give the folder's lock back."""
+        if self._folder is not None:
+            self._folder.release()
+
+
+def _plan_text(plan: VramPlan) -> str:
+    """The plan as `octavo plan` shows it, without colours."""
+    console = Console(file=StringIO(), width=_PLAN_WIDTH, force_terminal=False, color_system=None)
+    console.print(render_plan(plan))
+    assert isinstance(console.file, StringIO)
+    return console.file.getvalue()
