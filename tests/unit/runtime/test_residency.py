@@ -1,0 +1,121 @@
+"""Phases: what is loaded, what stays, what is dropped, and that the totals are those of the plan."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+
+from framework.models import get_family
+from framework.plan.build import build_run_plan
+from framework.plan.types import VramPlan
+from framework.runtime.load import adapter_parameters, resting_bytes
+from framework.runtime.residency import Residency
+from framework.schema import RunConfig
+
+
+def make_plan(source: Path, **dit: object) -> VramPlan:
+    model = {
+        "family": "qwen_image",
+        "source": str(source),
+        "dit": {"precision": "bf16", **dit},
+        "text_encoder": {"precision": "fp8"},
+        "vae": {"precision": "fp8", "fp8": {"layers": ["conv"]}},
+    }
+    config = RunConfig.model_validate(
+        {
+            "model": model,
+            "data": {"path": "p"},
+            "run": {"name": "t"},
+            "sample": {"prompts": ["a"]},
+            "optim": {"name": "adamw", "ema": {}},
+        }
+    )
+    return build_run_plan(config, device="cpu")
+
+
+def make_residency(plan: VramPlan, **options: object) -> Residency:
+    return Residency(
+        plan, get_family("qwen_image"), torch.device("cpu"), torch.bfloat16, 0, **options
+    )
+
+
+@pytest.mark.parametrize("dit", [{"trainable": "lora", "precision": "fp8"}, {"trainable": "full"}])
+def test_each_phase_holds_what_the_plan_says(tiny_checkpoint: Path, dit: dict[str, str]) -> None:
+    plan = make_plan(tiny_checkpoint, **dit)
+    residency = make_residency(plan)
+    for phase in ("encode", "train", "sample", "train"):
+        residency.enter(phase)
+        planned = plan.phase(phase)
+        assert set(residency.modules) == set(planned.components)
+        held = 0
+        for name, module in residency.modules.items():
+            part = plan.component(name)
+            held += resting_bytes(module) + sum(
+                4 * p.numel() for p in adapter_parameters(module).values()
+            )
+            trained = [p for p in module.parameters() if p.requires_grad]
+            count = sum(p.numel() for p in trained)
+            assert count == part.trained_numel
+            gradient = 4 * count if phase == "train" else 0
+            held += gradient + 8 * count + 4 * count
+        assert held == planned.device_bytes
+
+
+def test_optimizer_state_is_what_the_plan_counts(tiny_checkpoint: Path) -> None:
+    plan = make_plan(tiny_checkpoint, trainable="lora")
+    residency = make_residency(plan)
+    residency.enter("train")
+    parameters = [p for p in residency.modules["dit"].parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    allocated = sum(
+        value.numel() * value.element_size()
+        for state in optimizer.state.values()
+        for key, value in state.items()
+        if key != "step"
+    )
+    assert allocated == plan.component("dit").optimizer_bytes
+    assert sum(p.grad.numel() * 4 for p in parameters) == plan.component("dit").gradient_bytes
+
+
+def test_what_trains_stays_and_what_is_frozen_goes(tiny_checkpoint: Path) -> None:
+    residency = make_residency(make_plan(tiny_checkpoint, trainable="lora"))
+    residency.enter("encode")
+    assert residency.phase == "encode"
+    text, vae = (weakref.ref(residency.modules[name]) for name in ("text_encoder", "vae"))
+    residency.enter("train")
+    gc.collect()
+    assert text() is None
+    assert vae() is None
+    dit = residency.modules["dit"]
+    residency.enter("sample")
+    assert residency.modules["dit"] is dit
+    residency.enter("encode")
+    assert residency.modules["dit"] is dit
+    assert set(residency.modules) == {"dit", "text_encoder", "vae"}
+
+
+def test_entering_a_phase_twice_loads_nothing(tiny_checkpoint: Path) -> None:
+    read: list[tuple[str, int]] = []
+    residency = make_residency(
+        make_plan(tiny_checkpoint, trainable="lora"),
+        on_progress=lambda name, count: read.append((name, count)),
+    )
+    residency.enter("encode")
+    assert {name for name, _ in read} == {"text_encoder", "vae"}
+    count = len(read)
+    residency.enter("encode")
+    assert len(read) == count
+
+
+def test_a_phase_that_the_plan_does_not_have(tiny_checkpoint: Path) -> None:
+    plan = make_plan(tiny_checkpoint, trainable="lora")
+    plan = plan.model_copy(update={"phases": plan.phases[:2]})
+    with pytest.raises(KeyError, match="sample"):
+        make_residency(plan).enter("sample")

@@ -1,0 +1,288 @@
+"""Finding a model: folders, the hub's cache, and a hub that is played by monkeypatched functions."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants, errors
+from safetensors import safe_open
+
+from framework import hub
+from framework.errors import SourceError
+from framework.inventory import read_inventory
+
+REPO = "Qwen/Qwen-Image"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def http_error(kind: type[Exception], status: int) -> Exception:
+    """An error as the hub's client raises it after an answer."""
+    response = SimpleNamespace(
+        status_code=status, headers={}, request=None, url="https://hub/x", text="refused"
+    )
+    error = kind.__new__(kind)
+    Exception.__init__(error, "the server said no")
+    error.response = response  # type: ignore[attr-defined]
+    return error
+
+
+class FakeHub:
+    """Serves a local folder as the repository `REPO`; records what is asked."""
+
+    def __init__(self, folder: Path, cache: Path) -> None:
+        self.folder = folder
+        self.snapshot = cache / "models--Qwen--Qwen-Image" / "snapshots" / COMMIT
+        self.error: Exception | None = None
+        self.calls: list[tuple[str, Any]] = []
+
+    def _note(self, what: str, value: Any) -> None:
+        self.calls.append((what, value))
+        if self.error is not None:
+            raise self.error
+
+    def model_info(self, repo: str, *, revision: str, timeout: float) -> SimpleNamespace:
+        self._note("model_info", (repo, revision))
+        return SimpleNamespace(sha=COMMIT)
+
+    def list_repo_files(self, repo: str, *, revision: str) -> list[str]:
+        self._note("list_repo_files", revision)
+        return [str(p.relative_to(self.folder)) for p in self.folder.rglob("*") if p.is_file()]
+
+    def parse_safetensors_file_metadata(self, repo: str, name: str, *, revision: str) -> Any:
+        self._note("header", name)
+        tensors, position = {}, 0
+        with safe_open(self.folder / name, framework="np") as file:
+            for key in file.keys():  # noqa: SIM118
+                part = file.get_slice(key)
+                size = 2
+                for length in part.get_shape():
+                    size *= length
+                tensors[key] = SimpleNamespace(
+                    dtype=part.get_dtype(),
+                    shape=part.get_shape(),
+                    data_offsets=(position, position + size),
+                )
+                position += size
+        return SimpleNamespace(tensors=tensors)
+
+    def hf_hub_download(self, repo: str, name: str, *, revision: str) -> str:
+        self._note("hf_hub_download", name)
+        return str(self.folder / name)
+
+    def snapshot_download(self, repo: str, *, revision: str, allow_patterns: list[str]) -> str:
+        self._note("snapshot_download", (revision, allow_patterns))
+        for file in self.folder.rglob("*"):
+            relative = file.relative_to(self.folder)
+            if file.is_file() and any(relative.match(pattern) for pattern in allow_patterns):
+                (self.snapshot / relative).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, self.snapshot / relative)
+        return str(self.snapshot)
+
+    def asked(self, what: str) -> list[Any]:
+        return [value for name, value in self.calls if name == what]
+
+
+@pytest.fixture
+def fake(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+    server = FakeHub(tiny_checkpoint, tmp_path / "cache")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: server)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", server.hf_hub_download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", server.snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    return server
+
+
+def test_headers_come_by_range_requests_and_no_weight_is_fetched(fake: FakeHub) -> None:
+    for subfolder in ("transformer", "vae"):
+        headers = hub.locate_headers(REPO, subfolder, revision="main")
+        assert headers.place == f"hf://{REPO}@{COMMIT}/{subfolder}"
+        assert headers.commit == COMMIT
+        wanted = read_inventory(fake.folder / subfolder)
+        assert {k: (t.shape, t.dtype) for k, t in headers.tensors.items()} == {
+            k: (t.shape, t.dtype) for k, t in wanted.items()
+        }
+    assert len(fake.asked("header")) == 9
+    assert not fake.asked("snapshot_download")
+
+
+def test_fetching_is_pinned_and_takes_no_pickles(fake: FakeHub) -> None:
+    found = hub.locate_component(REPO, "transformer", revision="main")
+    assert found.commit == COMMIT
+    assert found.folder == fake.snapshot / "transformer"
+    [(revision, patterns)] = fake.asked("snapshot_download")
+    assert revision == COMMIT
+    assert all(pattern.startswith("transformer/*.") for pattern in patterns)
+    assert {pattern.rpartition(".")[2] for pattern in patterns} == {
+        "json", "txt", "jinja", "model", "safetensors",
+    }  # fmt: skip
+    assert read_inventory(found.folder).keys() == read_inventory(fake.folder / "transformer").keys()
+
+
+def test_what_is_in_the_cache_is_not_fetched_again(fake: FakeHub) -> None:
+    hub.locate_component(REPO, "transformer", revision="main")
+    headers = hub.locate_headers(REPO, "transformer", revision="main")
+    assert headers.place == str(fake.snapshot / "transformer")
+    assert hub.locate_component(REPO, "transformer", revision="main").folder == Path(headers.place)
+    assert len(fake.asked("snapshot_download")) == 1
+
+
+def test_an_interrupted_download_goes_on(fake: FakeHub) -> None:
+    folder = hub.locate_component(REPO, "transformer", revision="main").folder
+    next(folder.glob("*00004-of*")).unlink()
+    assert hub.locate_headers(REPO, "transformer", revision="main").place.startswith("hf://")
+    hub.locate_component(REPO, "transformer", revision="main")
+    assert len(fake.asked("snapshot_download")) == 2
+    assert read_inventory(folder)
+
+
+def test_a_planned_place_becomes_a_folder(fake: FakeHub, tmp_path: Path) -> None:
+    place = hub.locate_headers(REPO, "vae", revision="main").place
+    assert hub.fetch_place(place) == fake.snapshot / "vae"
+    assert hub.fetch_place(str(tmp_path)) == tmp_path
+
+
+def test_extras_come_without_weights(fake: FakeHub) -> None:
+    folder = hub.locate_extra(REPO, "tokenizer", revision="main")
+    assert (folder / "tokenizer.json").is_file()
+    [(_, patterns)] = fake.asked("snapshot_download")
+    assert not any("safetensors" in pattern for pattern in patterns)
+
+
+def test_a_full_commit_is_not_looked_up(fake: FakeHub) -> None:
+    assert hub.locate_headers(REPO, "vae", revision=COMMIT).commit == COMMIT
+    assert not fake.asked("model_info")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (http_error(errors.GatedRepoError, 403), r"(?s)gated.*accept it.*hf auth login"),
+        (http_error(errors.RevisionNotFoundError, 404), r'(?s)no revision "main".*model\.revision'),
+        (
+            http_error(errors.RepositoryNotFoundError, 404),
+            r"(?s)does not exist, or is private.*model\.source",
+        ),
+        (http_error(errors.HfHubHTTPError, 500), r"(?s)the hub refused.*server said no"),
+        (
+            errors.OfflineModeIsEnabled("offline"),
+            r"(?s)can't be reached.*run the same command again",
+        ),
+        (errors.HTTPError("no route"), r"(?s)can't be reached.*HTTPError: no route"),
+        (OSError(28, "No space left on device"), r"(?s)can't be written.*No space left.*make room"),
+        (TimeoutError("slow"), r"(?s)can't be reached.*TimeoutError: slow"),
+    ],
+)
+@pytest.mark.parametrize("locate", [hub.locate_headers, hub.locate_component])
+def test_hub_errors_are_translated(
+    fake: FakeHub, locate: Any, error: Exception, message: str
+) -> None:
+    fake.error = error
+    with pytest.raises(SourceError, match=message) as caught:
+        locate(REPO, "transformer", revision="main")
+    assert caught.value.__cause__ is error
+    assert REPO in str(caught.value)
+
+
+def test_without_connection_the_known_commit_is_used_and_said(
+    fake: FakeHub, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = hub.locate_component(REPO, "vae", revision="main").folder
+    refs = fake.snapshot.parents[1] / "refs"
+    refs.mkdir()
+    (refs / "main").write_text(COMMIT)
+    fake.error = errors.HTTPError("no route")
+    with caplog.at_level(logging.WARNING):
+        assert hub.locate_component(REPO, "vae", revision="main").folder == folder
+    assert COMMIT in caplog.text
+
+
+def test_offline_uses_the_cache_and_asks_nothing(
+    fake: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = hub.locate_component(REPO, "vae", revision="main").folder
+    refs = fake.snapshot.parents[1] / "refs"
+    refs.mkdir()
+    (refs / "main").write_text(COMMIT)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    fake.calls.clear()
+    assert hub.locate_headers(REPO, "vae", revision="main").place == str(folder)
+    for locate in (hub.locate_headers, hub.locate_component):
+        with pytest.raises(SourceError, match=r"HF_HUB_OFFLINE forbids"):
+            locate(REPO, "transformer", revision="main")
+    assert fake.calls == []
+
+
+def test_offline_without_cache(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        SourceError, match=r"(?s)isn't on this machine.*unset HF_HUB_OFFLINE, or name a folder"
+    ):
+        hub.locate_component(REPO, "vae", revision="main")
+    assert fake.calls == []
+
+
+def test_a_repository_without_the_folder(fake: FakeHub) -> None:
+    with pytest.raises(
+        SourceError, match=r'(?s)no complete safetensors weights in "unet".*transformer'
+    ):
+        hub.locate_headers(REPO, "unet", revision="main")
+    with pytest.raises(SourceError, match='no folder "unet"'):
+        hub.locate_component(REPO, "unet", revision="main")
+
+
+def test_local_folder_is_found_from_anywhere(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_checkpoint.parent)
+    found = hub.locate_component(tiny_checkpoint.name, "vae", revision="main")
+    assert found == hub.ComponentFiles(tiny_checkpoint / "vae", None)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "REPOSITORY", tiny_checkpoint.parent)
+    assert hub.locate_headers(tiny_checkpoint.name, "vae", revision="main").place == str(
+        tiny_checkpoint / "vae"
+    )
+
+
+def test_a_component_folder_may_be_named_itself(tiny_checkpoint: Path) -> None:
+    own = tiny_checkpoint / "vae"
+    assert hub.locate_component(str(own), "vae", revision="main").folder == own
+
+
+@pytest.mark.parametrize(
+    "source", ["./tiny-qwen-imge", "a/b/c", "pocket", "/no/such/folder", "~/nowhere"]
+)
+def test_what_can_only_be_a_path_is_not_taken_to_the_hub(source: str, fake: FakeHub) -> None:
+    with pytest.raises(SourceError, match="does not exist"):
+        hub.locate_component(source, "vae", revision="main")
+    assert fake.calls == []
+
+
+def test_missing_folder_names_its_neighbours(tiny_checkpoint: Path) -> None:
+    with pytest.raises(
+        SourceError, match=r"(?s)does not exist.*nearest folders in .*tiny-qwen-image"
+    ):
+        hub.locate_component(str(tiny_checkpoint.parent / "tiny-qwen-imge"), "vae", revision="main")
+
+
+def test_folder_without_the_component(tiny_checkpoint: Path) -> None:
+    with pytest.raises(SourceError, match=r'(?s)no folder "unet".*folders: .*transformer'):
+        hub.locate_component(str(tiny_checkpoint), "unet", revision="main")
+
+
+def test_local_models_load_neither_torch_nor_the_hub_client(tiny_checkpoint: Path) -> None:
+    code = (
+        "import sys; from framework import hub;"
+        f"hub.locate_headers({str(tiny_checkpoint)!r}, 'vae', revision='main');"
+        "assert not {'torch', 'huggingface_hub'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
