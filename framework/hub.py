@@ -7,6 +7,7 @@ a component that isn't on this machine yet is written `hf://<owner>/<name>@<comm
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import re
 from dataclasses import dataclass
@@ -96,6 +97,35 @@ def locate_headers(source: str, subfolder: str, *, revision: str) -> ComponentHe
     return ComponentHeaders(
         f"hf://{source}@{commit}/{subfolder}", commit, _remote_inventory(source, subfolder, commit)
     )
+
+
+def read_component_config(place: str) -> dict[str, Any]:
+    """Read the `config.json` of a planned component, a small file, so that a wrong model is refused early.
+
+    Raises SourceError where it is missing or isn't a JSON object.
+    """
+    match = _HUB_PLACE.fullmatch(place)
+    path = Path(place) / "config.json"
+    if match is not None:
+        from huggingface_hub import hf_hub_download
+
+        name = f"{match['subfolder']}/config.json"
+        try:
+            path = Path(hf_hub_download(match["repo"], name, revision=match["commit"]))
+        except _hub_errors() as error:
+            raise _translate(error, match["repo"], match["commit"]) from error
+    hint = "fetch the checkpoint again"
+    if not path.is_file():
+        raise SourceError("the config file is missing", where=str(path), hint=hint)
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SourceError(
+            "the config file can't be read", where=str(path), found=str(error), hint=hint
+        ) from error
+    if not isinstance(values, dict):
+        raise SourceError("the config file isn't a JSON object", where=str(path), hint=hint)
+    return values
 
 
 def fetch_place(place: str) -> Path:
@@ -337,10 +367,12 @@ def _translate(error: Exception, source: str, revision: str) -> SourceError:
             hint="make room, or set HF_HOME to a folder on another disk; then run the same command again",
         )
     if _is_unreachable(error):
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        near = _neighbours(Path(source))  # `assets/pockt` may have been meant as a folder
         return SourceError(
             "the hub can't be reached",
             where=where,
-            found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            found=f"{reason}; {near}" if near else reason,
             hint="check the connection and run the same command again: what was fetched is kept; "
             "or name a folder in `model.source`",
         )

@@ -13,6 +13,7 @@ from framework.errors import SourceError
 
 # A larger header is surely not one; the format itself allows no more.
 _MAX_HEADER_BYTES = 100_000_000
+_LFS_POINTER = b"version https://git-lfs"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 ELEMENT_BITS: Mapping[str, int] = {
@@ -132,7 +133,15 @@ def read_file_header(path: Path) -> dict[str, StoredTensor]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            start = file.read(len(_LFS_POINTER))
+            if start == _LFS_POINTER:
+                raise SourceError(
+                    "the weight file is a Git LFS pointer, not the weights",
+                    where=str(path),
+                    hint="run `git lfs pull` in the checkpoint's folder",
+                )
+            length = int.from_bytes(start[:8], "little")
+            file.seek(8)
             if size < 8 or not 2 <= length <= _MAX_HEADER_BYTES:
                 raise _damaged(path, "no safetensors header")
             if 8 + length > size:

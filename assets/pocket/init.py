@@ -95,6 +95,8 @@ def main() -> None:
         sys.exit(
             f"{args.out}: exists already; trained weights are never overwritten. Next: name a new folder."
         )
+    if not (args.vae / "config.json").is_file():
+        sys.exit(f"{args.vae}: no VAE there. Next: make one with assets/pocket/train_vae.py.")
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
     text_encoder = build_text_encoder(tokenizer)
@@ -105,8 +107,7 @@ def main() -> None:
     transformer.save_pretrained(args.out / "transformer")
     FlowMatchEulerDiscreteScheduler(**SCHEDULER).save_pretrained(args.out / "scheduler")
     (args.out / "model_index.json").write_text(json.dumps(build_model_index(), indent=2) + "\n")
-    if args.vae:
-        shutil.copytree(args.vae, args.out / "vae")
+    shutil.copytree(args.vae, args.out / "vae")
     report(args.out, {"transformer": transformer, "text_encoder": text_encoder})
 
 
@@ -114,7 +115,12 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="new folder; refused if it exists")
-    parser.add_argument("--vae", type=Path, help="trained VAE folder to copy in")
+    parser.add_argument(
+        "--vae",
+        type=Path,
+        default=Path(__file__).with_name("vae"),
+        help="trained VAE folder to copy in; default: the one beside this script",
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

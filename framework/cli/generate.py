@@ -43,6 +43,9 @@ def run_generation(
         if lora is not None and not lora.is_file():
             hint = "A run writes its LoRA into its run folder, named in its last lines."
             raise SourceError(f"the LoRA {lora} doesn't exist", hint=hint)
+        if out.exists() and not out.is_dir():
+            message = f"{str(out)!r} is a file, but pictures need a folder"
+            raise ConfigError([Fault("--out", message, f"command line: --out {out}")])
         error_console().print(Text("The configuration is valid; starting torch ...", style="dim"))
         paths = _generate(config, wanted, lora, out)
     for path in paths:

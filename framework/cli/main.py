@@ -215,9 +215,10 @@ def _report_usage(error: BaseException, arguments: Sequence[str]) -> int:
 
 
 def _command_names() -> tuple[str, ...]:
-    return tuple(
+    commands = tuple(
         str(info.name or getattr(info.callback, "__name__", "")) for info in app.registered_commands
     )
+    return (*commands, *(str(group.name) for group in app.registered_groups))
 
 
 def _report_interrupt(arguments: Sequence[str]) -> int:

@@ -32,6 +32,9 @@ from framework.errors import ConfigError, Fault
 
 _ROOT_CONFIG = "config"
 _PIECE = re.compile(r"[^.\[\]]+")
+_KEY = re.compile(r"[+~]{0,2}\w+([./@:]\w+)*")
+# What quotes, lists, mappings, sweeps, escapes and interpolations are written with stands in no plain value.
+_PLAIN_VALUE = re.compile(r"""(?P<key>[+]{0,2}[A-Za-z0-9_./]+)=(?P<value>[^'"\[\]{},$\\]*)""")
 _FOREIGN_ERRORS = (
     HydraException,
     OmegaConfBaseException,
@@ -108,7 +111,7 @@ def _parse_overrides(overrides: Sequence[str]) -> list[Override]:
         try:
             if line.startswith("="):
                 raise ValueError("no key before =")
-            override = parser.parse_override(line)
+            override = _parse_one(parser, line)
         except (HydraException, ValueError) as error:
             faults.append(_syntax_fault(line, error))
             continue
@@ -137,6 +140,17 @@ def _parse_overrides(overrides: Sequence[str]) -> list[Override]:
     return parsed
 
 
+def _parse_one(parser: OverridesParser, line: str) -> Override:
+    """Parse one override. Hydra wants quotes around `~/é (1)`; a value without any syntax in it is a text anyway."""
+    try:
+        return parser.parse_override(line)
+    except HydraException:
+        plain = _PLAIN_VALUE.fullmatch(line)
+        if plain is None:
+            raise
+        return parser.parse_override(f"{plain['key']}='{plain['value'].strip()}'")
+
+
 def _syntax_fault(line: str, error: Exception) -> Fault:
     where = f"command line: {line}"
     if "=" not in line or line.startswith("="):
@@ -153,6 +167,10 @@ def _syntax_fault(line: str, error: Exception) -> Fault:
         hint = f"Overrides have no dashes: {line.lstrip('-')}"
     elif "[" in key:
         hint = f"Write a list element with a dot, {'.'.join(_PIECE.findall(key))}={value}, or give the whole list."
+    elif not _KEY.fullmatch(key):
+        hint = "Write the key as a dotted path, e.g. model.dit.precision=fp8"
+    elif value.startswith("["):
+        hint = f'Put each text of the list in quotes: \'{key}=["one","two"]\''
     else:
         hint = f"Put values with spaces, commas or brackets in quotes: '{key}=\"{value}\"'"
     return Fault(key.lstrip("+~"), f"can't be parsed: {reason}", where, hint=hint)

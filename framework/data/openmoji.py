@@ -66,9 +66,22 @@ def prepare_openmoji(
     out_dir: receives <codepoint>.png (RGB, white ground), metadata.csv (file_name,text) and LICENSE.txt.
     limit: keep only the first pictures of the subset (for tests).   Returns the number of pictures.
     Atomic: a temporary sibling folder is renamed when complete. A folder that already holds exactly this content is
-    left alone. Raises DataError if out_dir holds anything else.
+    left alone. Raises DataError if out_dir holds anything else or can't be written.
     """
     emojis = read_emojis(subset)[:limit]
+    try:
+        _prepare(out_dir, emojis, style=style, size_px=size_px)
+    except OSError as error:
+        raise DataError(
+            "the data set can't be written",
+            where=str(out_dir),
+            found=str(error),
+            hint="Name a folder that can be written.",
+        ) from error
+    return len(emojis)
+
+
+def _prepare(out_dir: Path, emojis: list[Emoji], *, style: Style, size_px: int) -> None:
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out_dir.name}.", dir=out_dir.parent) as temp:
         fresh = Path(temp) / "data"
@@ -81,7 +94,6 @@ def prepare_openmoji(
                 where=str(out_dir),
                 hint="Name a new folder, or move this one away.",
             )
-    return len(emojis)
 
 
 def read_emojis(subset: Subset) -> list[Emoji]:

@@ -141,12 +141,13 @@ def _captioned_pictures(folder: Path) -> list[Sample]:
         _walk_pictures(folder), key=lambda picture: picture.relative_to(folder).as_posix()
     )
     if not pictures:
-        raise DataError(
-            "no pictures in the folder",
-            where=str(folder),
-            found=f"none of {', '.join(METADATA_NAMES)}, and no .png, .jpg, .webp, …",
-            hint="give a folder of pictures with .txt captions, or a .csv, .jsonl or .parquet file",
-        )
+        tables = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in TABLE_SUFFIXES)
+        found = f"none of {', '.join(METADATA_NAMES)}, and no .png, .jpg, .webp, …"
+        hint = "give a folder of pictures with .txt captions, or a .csv, .jsonl or .parquet file"
+        if tables:
+            found += f"; but {list_first(tables)}"
+            hint = f"give the file itself: data.path={folder / tables[0]}"
+        raise DataError("no pictures in the folder", where=str(folder), found=found, hint=hint)
     missing = [picture for picture in pictures if not picture.with_suffix(".txt").is_file()]
     if missing:
         raise DataError(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from framework.errors import ConfigError, Fault, SourceError
-from framework.hub import ComponentHeaders, locate_headers
+from framework.hub import ComponentHeaders, locate_headers, read_component_config
 from framework.plan.component import ComponentBuilder
 from framework.plan.types import ComponentPlan, Phase, PhasePlan, Purpose, VramPlan
-from framework.schema.families import FAMILIES
+from framework.schema.families import FAMILIES, ComponentSpec
 from framework.schema.model import ModelConfig
 from framework.schema.run import OptimConfig, RunConfig
 
@@ -133,6 +133,7 @@ def _locate_all(model: ModelConfig, names: list[str]) -> dict[str, ComponentHead
             headers[name] = locate_headers(
                 _source_of(model, name), spec.components[name].subfolder, revision=model.revision
             )
+            _check_kind(headers[name].place, spec.components[name], model.family)
         except SourceError as error:
             own = model.components[name].source is not None
             errors.setdefault(
@@ -143,6 +144,19 @@ def _locate_all(model: ModelConfig, names: list[str]) -> dict[str, ComponentHead
     if errors:
         raise ConfigError([_as_fault(path, error) for path, error in errors.values()])
     return headers
+
+
+def _check_kind(place: str, spec: ComponentSpec, family: str) -> None:
+    """Refuse another model before its weights are fetched; what its config doesn't say, the family checks later."""
+    key, expected = spec.kind
+    found = read_component_config(place).get(key, expected)
+    if found != expected:
+        raise SourceError(
+            f"this is no {expected}",
+            where=place,
+            found=f"{key}: {found!r}",
+            hint=f"`source` must be a checkpoint of the family {family}",
+        )
 
 
 def _as_fault(path: str, error: SourceError) -> Fault:

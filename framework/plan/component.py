@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from framework.errors import Fault
 from framework.hub import ComponentHeaders
@@ -155,6 +156,9 @@ class ComponentBuilder:
             self.purpose == "infer" and config.init_from is None
         ):
             return None
+        if config.init_from is not None and not Path(config.init_from).expanduser().is_file():
+            message = f'the file "{config.init_from}" does not exist'
+            self._fault("lora.init_from", message, hint="correct it, or set it to null")
         candidates = {t.layer: t for t in tensors if t.kind in ("linear", "conv")}
         only_linear = all(t.kind == "linear" for t in candidates.values())
         globs = self.spec.lora_targets if config.target_modules is None else config.target_modules

@@ -66,7 +66,7 @@ def select_layers(
                     path=f"{path}[{index}]",
                     message=f'"{glob}" matches 0 of {len(layers)} {what} in {component}',
                     nearest=nearest_layers(glob, layers),
-                    hint=f"correct it, or list all with `octavo plan --layers {component}`",
+                    hint=f"correct it, or list all with `octavo plan recipe=... --layers {component}`",
                 )
             )
     return chosen, faults

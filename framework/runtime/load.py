@@ -58,6 +58,38 @@ def load_component(
     Raises PlanError where checkpoint and module don't agree, SourceError for files that can't be used.
     """
     folder = fetch_place(plan.folder)
+    # Trainers call this with the GPU as torch's default device; the read buffer and what the module computes of itself
+    # (rotary frequencies) belong on the host, there and everywhere else.
+    with torch.device("cpu"):
+        module = _load_weights(
+            plan,
+            family,
+            folder,
+            device=device,
+            compute_dtype=compute_dtype,
+            on_progress=on_progress,
+        )
+        module.requires_grad_(plan.trainable == "full")
+        module.train(plan.trainable == "full")
+        if plan.lora is not None:
+            attach_lora_(
+                module, plan.lora, component=plan.name, seed=seed, trains=plan.trainable == "lora"
+            )
+            if plan.lora.init_from is not None:
+                _start_from_file_(module, Path(plan.lora.init_from), plan.name)
+    return module
+
+
+def _load_weights(
+    plan: ComponentPlan,
+    family: ModuleBuilder,
+    folder: Path,
+    *,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    on_progress: Callable[[int], None] | None,
+) -> nn.Module:
+    """Build the module without weights and fill it tensor by tensor."""
     with init_empty_weights(include_buffers=False):
         module = family.build_module(plan.name, folder)
     sources = _match_files(plan, read_inventory(folder), folder)
@@ -71,14 +103,6 @@ def load_component(
         if on_progress is not None:
             on_progress(stored.num_bytes)
     _move_buffers_(module, device)
-    module.requires_grad_(plan.trainable == "full")
-    module.train(plan.trainable == "full")
-    if plan.lora is not None:
-        attach_lora_(
-            module, plan.lora, component=plan.name, seed=seed, trains=plan.trainable == "lora"
-        )
-        if plan.lora.init_from is not None:
-            _start_from_file_(module, Path(plan.lora.init_from), plan.name)
     return module
 
 
@@ -198,16 +222,18 @@ def _place_(
 def _encode(
     group: TensorGroup, tensor: TensorPlan, values: Tensor, device: torch.device
 ) -> tuple[Tensor, Tensor | None]:
-    """Codes and scale on the device. What is FP8 in the file is kept as it is."""
-    values = values.to(device)
+    """Codes and scale on the device, encoded there. What is FP8 in the file is kept as it is."""
+    # Apple's GPU knows no FP8: the host encodes for it.
+    values = values.to("cpu" if device.type == "mps" else device)
     if group.scaling == "none" and tensor.source_dtype == "F8_E4M3":
         codes = values.view(torch.uint8).clone()
         if has_nan_codes(codes):
             raise PlanError(f"{tensor.source_key} holds NaN", where=tensor.file)
-        return codes, None
+        return codes.to(device), None
     assert group.scaling is not None
     try:
-        return encode_e4m3(values, group.scaling)
+        codes, scale = encode_e4m3(values, group.scaling)
+        return codes.to(device), None if scale is None else scale.to(device)
     except ValueError as error:
         hint = "set fp8.scaling=row" if group.scaling == "none" else "the checkpoint is damaged"
         raise PlanError(f"{tensor.source_key}: {error}", where=tensor.file, hint=hint) from error

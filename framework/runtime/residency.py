@@ -49,13 +49,23 @@ class Residency:
         for name in dropped:
             del self.modules[name]
         if dropped:
-            gc.collect()
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
+            self._free()
         for name in needed:
             if name not in self.modules:
                 self.modules[name] = self._load(name)
         self.phase = phase
+
+    def release(self) -> None:
+        """Drop everything, what trains too, and give the device's memory back; for the end of a run."""
+        self.modules.clear()
+        self._free()
+
+    def _free(self) -> None:
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        elif self._device.type == "mps":
+            torch.mps.empty_cache()
 
     def _stays(self, name: str) -> bool:
         return self.plan.component(name).trainable != "none"

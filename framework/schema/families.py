@@ -14,7 +14,7 @@ class ComponentSpec:
     """Where a component's weights lie in the published layout and which of them the family uses.
 
     subfolder: folder of the component inside a checkpoint, e.g. "transformer".
-    required: False for folders without weights (tokenizer, scheduler are listed in `FamilySpec.extras`).
+    kind: (key, value) in its config.json that says that it is the right model.
     renames: (regular expression, replacement) pairs from a key in the file to a name in the module; the first that matches wins.
     ignored_keys: globs over file keys that the family never loads (a vision tower, an output head).
     embedding_globs: globs over module names that hold token embeddings (2-D like a linear layer, but looked up).
@@ -23,6 +23,7 @@ class ComponentSpec:
     """
 
     subfolder: str
+    kind: tuple[str, str]
     renames: tuple[tuple[str, str], ...] = ()
     ignored_keys: tuple[str, ...] = ()
     embedding_globs: tuple[str, ...] = ()
@@ -35,13 +36,11 @@ class FamilySpec:
     """One model family: its components and the sizes that its pictures may have.
 
     size_divisor_px: width and height must be multiples of this (pixels per image token along one side).
-    extras: sub-folders without weights that are fetched too.
     """
 
     name: str
     components: Mapping[str, ComponentSpec]
     size_divisor_px: int
-    extras: tuple[str, ...] = ("tokenizer", "scheduler")
 
 
 QWEN_IMAGE = FamilySpec(
@@ -50,6 +49,7 @@ QWEN_IMAGE = FamilySpec(
     components={
         "dit": ComponentSpec(
             subfolder="transformer",
+            kind=("_class_name", "QwenImageTransformer2DModel"),
             keep_high_precision=("time_text_embed*", "img_in", "txt_in", "norm_out*", "proj_out"),
             lora_targets=(
                 "attn.to_q",
@@ -64,6 +64,7 @@ QWEN_IMAGE = FamilySpec(
         ),
         "text_encoder": ComponentSpec(
             subfolder="text_encoder",
+            kind=("model_type", "qwen2_5_vl"),
             # Published files use the names of two generations of transformers; only the language model is needed here.
             renames=(
                 (r"^model\.language_model\.", ""),
@@ -72,7 +73,7 @@ QWEN_IMAGE = FamilySpec(
             ),
             ignored_keys=("visual.*", "model.visual.*", "lm_head.*"),
             embedding_globs=("embed_tokens",),
-            keep_high_precision=("embed_tokens",),
+            # Embeddings stay in high precision unless `fp8.layers` asks for them.
             lora_targets=(
                 "self_attn.q_proj",
                 "self_attn.k_proj",
@@ -82,6 +83,7 @@ QWEN_IMAGE = FamilySpec(
         ),
         "vae": ComponentSpec(
             subfolder="vae",
+            kind=("_class_name", "AutoencoderKLQwenImage"),
             keep_high_precision=(
                 "encoder.conv_in",
                 "decoder.conv_out",

@@ -60,6 +60,7 @@ def check_rules(
             *_unused_lora(config, values, where),
             *_unused_settings(config, where),
             *_unusual_lr(config, where),
+            *_long_warmup(config, where),
         ]
     return errors, warnings
 
@@ -141,7 +142,7 @@ def _size_rules(config: RunConfig, where: Where, trains: bool) -> Iterator[Findi
 
 
 def _optim_rules(config: RunConfig, where: Where) -> Iterator[Finding]:
-    optim, trainer = config.optim, config.trainer
+    optim = config.optim
     if optim.betas is not None and optim.name in _WITHOUT_BETAS:
         path = "optim.betas"
         message = f"the optimizer {optim.name} has no betas"
@@ -152,11 +153,6 @@ def _optim_rules(config: RunConfig, where: Where) -> Iterator[Finding]:
             hint="Remove it (optim.betas=null), or use optim.name=adamw.",
         )
         yield Finding(fault, (path, "optim.name"))
-    if optim.warmup_steps > trainer.max_steps:
-        path = "optim.warmup_steps"
-        message = f"{optim.warmup_steps} steps of warm-up don't fit into trainer.max_steps={trainer.max_steps}"
-        hint = "Lower it, or raise trainer.max_steps: the peak rate would never be reached."
-        yield Finding(Fault(path, message, where(path), hint=hint), (path, "trainer.max_steps"))
     package, extra = _NEEDS_PACKAGE.get(optim.name, ("", ""))
     if package and importlib.util.find_spec(package) is None:
         path = "optim.name"
@@ -229,6 +225,16 @@ def _unused_settings(config: RunConfig, where: Where) -> Iterator[Finding]:
 def _trains_through_dit(config: RunConfig) -> bool:
     components: tuple[ComponentConfig, ...] = (config.model.dit, config.model.text_encoder)
     return any(component.trainable != "none" for component in components)
+
+
+def _long_warmup(config: RunConfig, where: Where) -> Iterator[Finding]:
+    """A short try of a long recipe is legitimate, so this is no fault."""
+    steps, max_steps = config.optim.warmup_steps, config.trainer.max_steps
+    if steps > max_steps:
+        path = "optim.warmup_steps"
+        message = f"{steps} steps of warm-up don't fit into trainer.max_steps={max_steps}"
+        hint = f"Lower it, or raise trainer.max_steps: the rate only reaches {max_steps / steps:.0%} of optim.lr."
+        yield Finding(Fault(path, message, where(path), hint=hint), (path, "trainer.max_steps"))
 
 
 def _unusual_lr(config: RunConfig, where: Where) -> Iterator[Finding]:

@@ -10,7 +10,7 @@ import copy
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -173,9 +173,12 @@ def _describe(pieces: Pieces, details: Sequence[ErrorDetails], where: Where) -> 
     wanted = " or ".join(dict.fromkeys(_wanted(detail) for detail in details))
     place = where(path)
     if pieces == ("model", "family"):
-        hint = "A new family is one file and one YAML; see docs/adding-a-family.md."
+        hint = "A new family is one file and one YAML; see docs/adding_a_family.md."
         message = f"there is no model family {_shown(found)}; allowed: {', '.join(allowed)}"
         return Fault(path, message, place, _close(found, allowed), hint)
+    length = _list_length(pieces)
+    if length is not None and kind in ("missing", "too_short", "too_long", "tuple_type"):
+        wanted = f"a list of {length} values"
     message = f"{_shown(found)} is not allowed; it must be {wanted}"
     hint = ""
     if kind == "string_type" and isinstance(found, int | float):
@@ -184,7 +187,8 @@ def _describe(pieces: Pieces, details: Sequence[ErrorDetails], where: Where) -> 
         section = section_class(field_annotation(RunConfig, pieces[:-1]))
         hint = str(section.model_fields[str(pieces[-1])].description) if section else ""
     elif kind in ("tuple_type", "list_type"):
-        hint = f"Write a list, e.g. {path}=[{found if isinstance(found, str | int | float) else '...'}]."
+        item = str(found) if isinstance(found, str | int | float) else "..."
+        hint = f"Write a list, e.g. {path}=[{','.join([item] * (length or 1))}]."
     elif kind == "model_type" and found is not None:
         hint = f"Set a key below it, e.g. {path}.{_first_key(pieces)}=..."
     return Fault(path, message, place, _close(found, allowed), hint)
@@ -205,8 +209,6 @@ def _wanted(detail: ErrorDetails) -> str:
     if kind in ("too_short", "too_long"):
         limit = context.get("min_length", context.get("max_length"))
         return f"a list of at {'least' if kind == 'too_short' else 'most'} {limit} values"
-    if kind == "missing":
-        return "a list of more values"
     if kind == "string_too_short":
         return "a text that isn't empty"
     if kind == "string_pattern_mismatch":
@@ -214,6 +216,15 @@ def _wanted(detail: ErrorDetails) -> str:
     if kind == "int_from_float":
         return "a whole number"
     return next((words for start, words in _KINDS.items() if kind.startswith(start)), detail["msg"])
+
+
+def _list_length(pieces: Pieces) -> int | None:
+    """How many values the list at `pieces` must have; None where it isn't fixed, or no list."""
+    annotation = field_annotation(RunConfig, pieces)
+    for member in (annotation, *get_args(annotation)):
+        if get_origin(member) is tuple and Ellipsis not in get_args(member):
+            return len(get_args(member))
+    return None
 
 
 def _allowed(detail: ErrorDetails) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -11,17 +12,20 @@ from framework.schema import CheckpointConfig
 from framework.training.checkpoint_io import checkpoint_name, prune_checkpoints
 from framework.training.run_folder import CHECKPOINT_FOLDER
 
+log = logging.getLogger("octavo")
+
 
 class CheckpointCallback(pl.Callback):
     """Writes a checkpoint every so many optimizer steps and after the last; must stand last.
 
     Only between optimizer steps, so that no gradient is half accumulated. When the process is asked to end
-    (SIGTERM), the checkpoint of the step is written and the run stops.
+    (SIGTERM), the step is completed, its checkpoint is written and the run stops.
     """
 
     def __init__(self, config: CheckpointConfig) -> None:
         self._config = config
         self._last_step = 0
+        self._asked_to_end = False
         self.run_dir: Path | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -32,18 +36,29 @@ class CheckpointCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: object
     ) -> None:
         """Write where a step is due."""
+        if trainer.received_sigterm and trainer.world_size == 1:
+            self._asked_to_end = True
+            # Lightning would stop after this micro-step, in the midst of a step where gradients are accumulated.
+            trainer._signal_connector.received_sigterm = False
         step = trainer.global_step
         if step == self._last_step:
             return
         self._last_step = step
-        asked_to_end = trainer.received_sigterm and trainer.world_size == 1
-        if step % self._config.every_n_steps == 0 or step == trainer.max_steps or asked_to_end:
+        due = step % self._config.every_n_steps == 0 or step == trainer.max_steps
+        if due or self._asked_to_end:
             self._save(trainer, step)
-        if asked_to_end and step < trainer.max_steps:
+        if self._asked_to_end and step < trainer.max_steps:
             raise RunError(
                 f"the run was asked to end (SIGTERM) and stopped after step {step}",
                 hint="the same command goes on from there",
             )
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Say after Ctrl-C, which Lightning turns into a silent exit, how the run can go on."""
+        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
+            log.warning("stopped; the same command goes on from the run's last checkpoint")
 
     def _save(self, trainer: pl.Trainer, step: int) -> None:
         assert self.run_dir is not None

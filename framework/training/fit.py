@@ -7,13 +7,17 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from framework.errors import ConfigError, Fault
+from framework.errors import ConfigError, Fault, RunError
 from framework.inference.generate import load_family_extras
 from framework.models import get_family
 from framework.plan.build import build_run_plan
@@ -98,26 +102,49 @@ def fit(config: RunConfig, *, config_yaml: str) -> RunResult:
     ]
     with _quiet_libraries(), show_log():
         seed_generators(config.trainer.seed)
-        trainer = _build_trainer(config, device, callbacks)
+        trainer = _build_trainer(config, device, callbacks, root_dir=start.parent)
         module = DiffusionTrainingModule(
             config, plan=plan, family=family, clock=clock, goes_on=start.folder is not None
         )
         data = DiffusionDataModule(config, plan=plan, family=family)
         try:
-            trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint)
+            with _translated_errors():
+                trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint)
             if lifecycle.result is None:
                 # The run was killed after its last checkpoint: there was no step left to make.
                 lifecycle.finish(trainer, module)
         finally:
             lifecycle.release()
+            module.release()
     assert lifecycle.result is not None
     return lifecycle.result
 
 
+@contextmanager
+def _translated_errors() -> Iterator[None]:
+    """Turn what others raise when a run is ended from outside or outgrows the device into a RunError."""
+    try:
+        yield
+    except SIGTERMException as error:
+        hint = "the same command goes on from the last checkpoint"
+        raise RunError("the run was asked to end (SIGTERM)", hint=hint) from error
+    except torch.OutOfMemoryError as error:
+        raise RunError(
+            "the device's memory is full",
+            found=str(error).partition(". ")[0],
+            hint="`octavo plan` says what weights, gradients and optimizer take; activations come on top. Set "
+            "model.dit.precision=fp8, model.dit.gradient_checkpointing=true, a smaller data.batch_size with "
+            "more trainer.accumulate_grad_batches, a smaller data.max_px or sample.size_px",
+        ) from error
+
+
 def _build_trainer(
-    config: RunConfig, device: torch.device, callbacks: list[pl.Callback]
+    config: RunConfig, device: torch.device, callbacks: list[pl.Callback], *, root_dir: Path
 ) -> pl.Trainer:
-    """Lightning's Trainer for one endless epoch of micro-steps; length is `max_steps` alone."""
+    """Lightning's Trainer for one endless epoch of micro-steps; length is `max_steps` alone.
+
+    root_dir: where Lightning would look for checkpoints of its own; nothing is written there.
+    """
     settings = config.trainer
     one = settings.devices == 1 and device.index is not None
     devices: Any = [device.index] if one else settings.devices
@@ -131,7 +158,8 @@ def _build_trainer(
         max_epochs=-1,
         accumulate_grad_batches=settings.accumulate_grad_batches,
         gradient_clip_val=settings.gradient_clip_val,
-        plugins=[AtomicCheckpointIO()],
+        plugins=_plugins(),
+        default_root_dir=root_dir,
         callbacks=callbacks,
         logger=False,
         limit_val_batches=0,
@@ -141,6 +169,17 @@ def _build_trainer(
         enable_model_summary=False,
         use_distributed_sampler=False,
     )
+
+
+def _plugins() -> list[Any]:
+    """How checkpoints are written, and Slurm's environment without Lightning's own way to resume.
+
+    That one saves amid a step to the current folder, and any later run that starts there loads it unasked.
+    """
+    plugins: list[Any] = [AtomicCheckpointIO()]
+    if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    return plugins
 
 
 def _strategy(config: RunConfig, kind: str) -> Strategy | str:

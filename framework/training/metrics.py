@@ -105,14 +105,16 @@ class MetricsCallback(pl.Callback):
         return {
             "sums": dict(self._sums),
             "num_steps": self._num_steps,
+            "seconds": self._seconds,
             "last_loss": self.last_loss,
             "last_validation": self.last_validation,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a checkpoint's sums; the time of the steps before isn't known any more."""
+        """Take over a checkpoint's sums."""
         self._sums = dict(state_dict["sums"])
         self._num_steps = state_dict["num_steps"]
+        self._seconds = state_dict.get("seconds", 0.0)
         self.last_loss = state_dict["last_loss"]
         self.last_validation = state_dict["last_validation"]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Self
 
 import lightning.pytorch as pl
 import torch
@@ -129,7 +129,12 @@ class DiffusionTrainingModule(pl.LightningModule):
 
     @contextmanager
     def sampling(self) -> Iterator[Mapping[str, nn.Module]]:
-        """Hold the components of the phase `sample` for a while, with averaged weights where they are kept."""
+        """Hold the components of the phase `sample` for a while, with averaged weights where they are kept.
+
+        Gradients are let go, as the plan counts; call it between optimizer steps only.
+        """
+        for parameter in self.trained_parameters().values():
+            parameter.grad = None
         averaged = self.ema.swapped() if self.ema is not None else nullcontext()
         try:
             with averaged:
@@ -153,6 +158,21 @@ class DiffusionTrainingModule(pl.LightningModule):
     def autocast(self) -> Any:
         """The context that arithmetic of this run is done in."""
         return self.trainer.precision_plugin.forward_context()
+
+    def cpu(self) -> Self:
+        """Stay on the device: Lightning moves modules to the host when a run ends or fails.
+
+        There the base of an adapter would take as much host memory as it took of the device.
+        """
+        return self
+
+    def release(self) -> None:
+        """Let go of all components and give the device's memory back, e.g. to the next run of a sweep."""
+        self.components.clear()
+        self.ema = None
+        self._step_losses = []
+        if hasattr(self, "residency"):
+            self.residency.release()
 
     def _enter(self, phase: Phase) -> None:
         """Hold just the phase's components (and what trains), letting go of others before any is loaded."""
@@ -228,7 +248,11 @@ class DiffusionTrainingModule(pl.LightningModule):
             latents: Tensor = batch["latents"]
             return latents.float()
         with torch.no_grad():
-            return self.family.encode_image(batch["pixels"], self.components["vae"]).float()
+            latents = self.family.encode_image(batch["pixels"], self.components["vae"]).float()
+        # Before torch 2.10 autocast gives weights that it cast without gradients to later calls too, and a VAE that
+        # trains would get no gradient in its encoder.
+        torch.clear_autocast_cache()
+        return latents
 
     def _text(self, batch: dict[str, Any]) -> TextConditioning:
         """Captions from the cache, or encoded now; with gradients where the text encoder trains."""

@@ -98,8 +98,8 @@ class Objective:
         pixels: (B, 3, H, W) in [-1, 1]. The latents are drawn from the posterior (arXiv:1312.6114); the
         divergence from N(0, 1) is summed over each picture's latents and averaged over pictures.
         """
-        with torch.no_grad():
-            shape = self.family.encode_image(pixels[:1], vae).shape[1:]
+        height, width = pixels.shape[-2:]
+        shape = self.family.initial_latents(width, height, 0).shape[1:]
         noise = draw_noise(shape, self._seeds(places, "vae")).to(pixels)
         reconstruction, mean, logvar = self.family.reconstruct(pixels, vae, noise=noise)
         divergence = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).flatten(1).sum(1).mean()

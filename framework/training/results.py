@@ -42,13 +42,17 @@ def save_results(module: Any, run_dir: Path, *, steps: int) -> tuple[Path | None
     Returns (LoRA file, folder of the components), None for what doesn't train.
     """
     plan, components = module.plan, module.components
-    adapted = {c.name: components[c.name] for c in plan.components if c.trainable == "lora"}
+    adapters = [c for c in plan.components if c.trainable == "lora"]
+    adapted = {c.name: components[c.name] for c in adapters}
     full = [c for c in plan.components if c.trainable == "full"]
     averaged = module.ema.swapped() if module.ema is not None else nullcontext()
     with averaged:
         if adapted:
+            # Where a component has a source of its own, that is what the adapter fits: the DiT's, if it has one.
+            base = max(adapters, key=lambda component: component.name == "dit")
             metadata = {
-                "base_model": module.config.model.source,
+                "base_model": base.source,
+                "base_commit": base.commit or "",
                 "steps": str(steps),
                 "trained_with": f"octavo {__version__}",
             }

@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
+from uuid import uuid4
 
 from framework import __version__
 from framework.errors import RunError
@@ -213,14 +214,19 @@ class RunFolder:
     def begin(
         self, config: RunConfig, *, config_yaml: str, sources: Mapping[str, Mapping[str, Any]]
     ) -> None:
-        """Write config.yaml and run.json: state, key, versions and where the weights came from."""
+        """Write config.yaml and run.json: state, key, id, versions and where the weights came from.
+
+        The id is the run's alone on all machines, and stays when the run is gone on with.
+        """
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        created = read_state(self.path).get("created", now)
+        before = read_state(self.path)
+        created = before.get("created", now)
         write_text(self.path / CONFIG_FILE, config_yaml)
         versions = {name: version(name) for name in _PACKAGES}
         self.write_state(
             state="running",
             key=config_key(config),
+            id=before.get("id", uuid4().hex),
             created=created,
             started=now,
             versions={"octavo": __version__, "python": platform.python_version(), **versions},

@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from framework.errors import ConfigError, Fault
 from framework.schema import RunConfig
 from framework.training.metrics_csv import MetricsCsv
+from framework.training.run_folder import read_state
 
 METRICS_FILE = "metrics.csv"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -52,7 +53,9 @@ def build_loggers(config: RunConfig, run_dir: Path, *, resume_step: int | None) 
                 entity=wandb.entity,
                 offline=wandb.mode == "offline",
                 name=f"{config.run.name}/{run_dir.name}",
-                id=f"{config.run.name}-{run_dir.name}",
+                # Not the name: another machine or folder has a run of the same name and number, whose rows would
+                # then be continued.
+                id=read_state(run_dir).get("id"),
                 save_dir=run_dir,
                 resume="allow",
             )

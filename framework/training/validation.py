@@ -50,7 +50,8 @@ class ValidateCallback(pl.Callback):
                 moved = trainer.strategy.batch_to_device(batch)
                 count += len(moved["keys"])
                 for name, losses in self._judge(module, moved).items():
-                    totals[name] = totals.get(name, 0.0) + losses.double().sum().cpu()
+                    # On the host, because Apple's GPU has no float64.
+                    totals[name] = totals.get(name, 0.0) + losses.cpu().double().sum()
         self._metrics.pending.update(self._means(trainer, module, totals, count))
 
     def _judge(self, module: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ import torch
 
 from framework.storage.fp8 import (
     E4M3_MAX,
+    _look_up,
     decode_e4m3,
     dequantise,
     encode_e4m3,
@@ -44,6 +45,14 @@ def test_decode_is_bit_equal_to_torchs_cast(dtype: torch.dtype, flush: bool) -> 
     cast = FINITE_CODES.view(torch.float8_e4m3fn).to(dtype)
     integer = INTEGERS[dtype.itemsize]
     assert torch.equal(decoded.view(integer), cast.view(integer))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_table_for_devices_without_fp8_gives_the_same_bits(dtype: torch.dtype) -> None:
+    codes = FINITE_CODES.reshape(2, -1)
+    integer = INTEGERS[dtype.itemsize]
+    expected = decode_e4m3(codes, dtype)
+    assert torch.equal(_look_up(codes, dtype).view(integer), expected.view(integer))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

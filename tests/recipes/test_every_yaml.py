@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 CONF = sorted((ROOT / "conf").rglob("*.yaml"))
 OPTIONS = [path for path in CONF if path.parent != ROOT / "conf"]
-# What a shipped file leaves to the user, so that it can be judged as a whole.
+# What an option of a group leaves to the user, so that it can be judged as a whole.
 GIVEN = ["data.path=pictures"]
 MAX_COLUMNS = 120
 
@@ -116,3 +118,34 @@ def test_a_lora_recipe_becomes_a_full_one_by_overrides() -> None:
     config, warnings = validate(composition.values, composition.where)
     assert config.model.dit.trainable == "full"
     assert [fault.path for fault in warnings] == ["model.dit.lora"]
+
+
+COMMANDS = sorted(
+    {
+        match[1]
+        for path in [*RECIPES, ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+        for match in re.finditer(
+            r"^#?\s+(?:Run:\s+)?(?:python train\.py|octavo plan) (recipe=.*)$",
+            path.read_text(encoding="utf-8"),
+            re.MULTILINE,
+        )
+    }
+)
+
+
+def test_commands_are_found_in_pages_and_recipes() -> None:
+    assert len(COMMANDS) >= 4
+    assert "recipe=qwen_image_lora model.dit.precision=fp8" in COMMANDS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_in_a_page_or_recipe_is_valid_as_it_stands(command: str) -> None:
+    composition = compose_run(shlex.split(command, comments=True))
+    _, warnings = validate(composition.values, composition.where)
+    assert warnings == []
+
+
+def test_a_short_try_of_a_recipe_is_no_fault() -> None:
+    composition = compose_run(["recipe=pocket_lora", "trainer.max_steps=6"])
+    _, warnings = validate(composition.values, composition.where)
+    assert [fault.path for fault in warnings] == ["optim.warmup_steps"]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
+from torch import nn
 
 from framework.errors import ConfigError, RunError
 from framework.training.checkpoint_io import read_checkpoint
@@ -76,6 +79,9 @@ def test_a_lora_trains_and_nothing_else(values: dict[str, Any], precision: str) 
     assert judged[-1] < judged[0]
     lora = load_file(result.lora_path)
     assert all(key.startswith("transformer.") for key in lora)
+    with safe_open(result.lora_path, framework="pt") as file:
+        facts = file.metadata()
+    assert (facts["base_model"], facts["steps"]) == (values["model"]["source"], "10")
 
 
 def test_loras_on_dit_and_text_encoder(values: dict[str, Any]) -> None:
@@ -150,6 +156,100 @@ def test_a_loss_that_is_not_finite_stops_the_run(values: dict[str, Any]) -> None
     values = change(values, optim__name="sgd", trainer__max_steps=200)
     with pytest.raises(RunError, match=r"not finite at step \d+\n.*\n.*lower optim.lr"):
         fit_values(values)
+
+
+def test_gradients_are_let_go_while_pictures_are_made(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from framework.models.qwen_image import QwenImageFamily
+
+    original = QwenImageFamily.sample
+    held = []
+
+    def sample(
+        self: Any, positive: Any, negative: Any, modules: Any, *rest: Any, **kwargs: Any
+    ) -> Any:
+        held.extend(p for p in modules["dit"].parameters() if p.grad is not None)
+        return original(self, positive, negative, modules, *rest, **kwargs)
+
+    monkeypatch.setattr(QwenImageFamily, "sample", sample)
+    settings = {"prompts": ["a cat"], "num_inference_steps": 1, "size_px": [32, 32]}
+    result = fit_values(change(values, sample=settings, sample__every_n_steps=1))
+    assert len(list(result.run_dir.glob("samples/*/00.png"))) == 5
+    assert held == []
+
+
+def test_a_run_that_ends_leaves_no_component_behind_and_moves_none_to_the_host(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from framework.training import lifecycle
+
+    original = lifecycle.save_results
+    components = []
+
+    def save_results(module: Any, *rest: Any, **kwargs: Any) -> Any:
+        components.append(weakref.ref(module.components["dit"]))
+        return original(module, *rest, **kwargs)
+
+    def refuse(module: nn.Module) -> None:
+        raise AssertionError("moved to the host")
+
+    monkeypatch.setattr(lifecycle, "save_results", save_results)
+    monkeypatch.setattr(nn.Module, "cpu", refuse)
+    fit_values(values)
+    assert [reference() for reference in components] == [None]
+
+
+def test_an_interrupted_run_says_how_it_goes_on(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import signal
+
+    from framework.training.module import DiffusionTrainingModule
+
+    def interrupt(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    handler = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(DiffusionTrainingModule, "training_step", interrupt)
+    try:
+        with pytest.raises(SystemExit, match="1"), caplog.at_level("WARNING", "octavo"):
+            fit_values(values)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert "the same command goes on" in caplog.text
+
+
+def test_a_full_device_is_reported_with_ways_out(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import lightning.pytorch as pl
+
+    def fit(*arguments: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(pl.Trainer, "fit", fit)
+    with pytest.raises(RunError, match=r"memory is full\n.*CUDA out of memory\n.*gradient_check"):
+        fit_values(values)
+
+
+def test_slurm_does_not_resume_behind_our_back(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+
+    from framework.training import fit
+
+    assert len(fit._plugins()) == 1
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"NTASKS": "1", "JOB_NAME": "train", "PROCID": "0", "LOCALID": "0"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    _, environment = fit._plugins()
+    assert isinstance(environment, SLURMEnvironment)
+    assert not environment.auto_requeue
+    # What another run's Lightning left behind.
+    Path("hpc_ckpt_1.ckpt").write_bytes(b"not a checkpoint")
+    assert fit_values(change(values, trainer__max_steps=1)).steps == 1
 
 
 def test_more_processes_than_devices_can_share_are_refused(values: dict[str, Any]) -> None:

@@ -139,6 +139,27 @@ def test_samples_of_before_stay(values: dict[str, Any], monkeypatch: pytest.Monk
     assert len(list(resumed.run_dir.glob("samples/*/*.png"))) == 2
 
 
+def test_a_request_to_end_is_met_after_the_step_and_not_amid_its_micro_steps(
+    values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = change(values, trainer__accumulate_grad_batches=3, checkpoint__every_n_steps=100)
+    whole = fit_values(change(values, run__name="whole"))
+    original = CheckpointCallback.on_train_batch_end
+
+    def hook(self: Any, trainer: pl.Trainer, module: Any, *rest: Any) -> None:
+        if rest[-1] == 3:  # the first of the second step's three micro-steps
+            trainer._signal_connector.received_sigterm = True
+        original(self, trainer, module, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointCallback, "on_train_batch_end", hook)
+        with pytest.raises(RunError, match=r"asked to end.*stopped after step 2"):
+            fit_values(values)
+    resumed = fit_values(values)
+    assert resumed.run_dir.name == "001"
+    assert read_losses(whole.run_dir) == read_losses(resumed.run_dir)
+
+
 def test_keep_last(values: dict[str, Any]) -> None:
     checkpoint = {"every_n_steps": 1, "keep_last": 3}
     result = fit_values(change(values, checkpoint=checkpoint, trainer__max_steps=5))

@@ -89,6 +89,21 @@ def test_a_group_can_be_chosen_on_the_command_line() -> None:
     assert compose_run(["recipe=pocket_lora", "optim=prodigy"]).values["optim"]["name"] == "prodigy"
 
 
+@pytest.mark.parametrize(
+    "path",
+    ["~/pics", "bilder/grün", "写真", "/tmp/pics (1)", "/a b/c", "x#y;z", "a=b", "x" * 100_000],
+)
+def test_a_path_needs_no_quotes_of_hydra(path: str) -> None:
+    composition = compose_run(["recipe=pocket_lora", f"data.path={path}"])
+    assert composition.values["data"]["path"] == path
+    assert composition.where("data.path").startswith("command line: data.path=")
+
+
+def test_a_recipe_may_have_any_name(user_folder: Path) -> None:
+    write_recipe(user_folder, "grün", "run: {name: ink}\n")
+    assert compose_run(["recipe=grün"]).values["run"]["name"] == "ink"
+
+
 def test_a_key_can_be_removed() -> None:
     composition = compose_run(["recipe=pocket_lora", "~optim.lr"])
     assert "lr" not in composition.values["optim"]
@@ -172,6 +187,13 @@ BROKEN_COMMANDS = [
         ["recipe=pocket_lora", "sample.prompts=[a,"],
         ["sample.prompts: can't be parsed", "in quotes"],
     ),
+    (
+        ["recipe=pocket_lora", "sample.prompts=[un château]"],
+        ["sample.prompts: can't be parsed", 'sample.prompts=["one","two"]'],
+    ),
+    (["recipe=pocket_lora", "model..dit=3"], ["Write the key as a dotted path"]),
+    (["recipe=pocket_lora", "data.path='é"], ["data.path: can't be parsed"]),
+    (["recipe=pocket_lora", "optim.lr=${optim.lr"], ["optim.lr: can't be parsed"]),
     (["recipe=pocket_lora", "sample.prompts[9]=a"], ["sample.prompts.9=a"]),
     (
         ["recipe=pocket_lora", "sample.prompts.9=a"],

@@ -286,3 +286,31 @@ def test_local_models_load_neither_torch_nor_the_hub_client(tiny_checkpoint: Pat
         "assert not {'torch', 'huggingface_hub'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_a_slip_in_a_folder_name_is_seen_when_the_hub_does_not_answer(fake: FakeHub) -> None:
+    Path("assets/pocket").mkdir(parents=True)
+    fake.error = ConnectionError("no route")
+    with pytest.raises(SourceError, match="hub can't be reached") as caught:
+        hub.locate_component("assets/pockett", "vae", revision="main")
+    assert "no route; nearest folders in" in caught.value.found
+    assert caught.value.found.endswith(": pocket")
+
+
+def test_a_components_config_is_read_wherever_it_lies(fake: FakeHub) -> None:
+    local = hub.read_component_config(str(fake.folder / "vae"))
+    assert local["_class_name"] == "AutoencoderKLQwenImage"
+    assert hub.read_component_config(f"hf://{REPO}@{COMMIT}/vae") == local
+    assert fake.asked("hf_hub_download") == ["vae/config.json"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [(None, "is missing"), ("{", "can't be read"), ("[]", "isn't a JSON object")],
+)
+def test_a_config_that_is_none_is_named(tmp_path: Path, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(SourceError, match=message) as caught:
+        hub.read_component_config(str(tmp_path))
+    assert caught.value.where == str(tmp_path / "config.json")

@@ -170,3 +170,11 @@ def test_headers_are_read_without_torch(tiny_checkpoint: Path) -> None:
         "assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_a_git_lfs_pointer_is_told_from_a_damaged_file(tmp_path: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+    (tmp_path / "model.safetensors").write_text(pointer)
+    with pytest.raises(SourceError, match="Git LFS pointer") as caught:
+        read_inventory(tmp_path)
+    assert "git lfs pull" in caught.value.hint

@@ -68,7 +68,10 @@ def test_version(capsys: Capture) -> None:
             ["train", "--model.dit.precision=fp8"],
             ["Overrides have no dashes: model.dit.precision=fp8"],
         ),
-        (["prepare", "openmoji", "--style", "blue", "--out", "x"], ["--style", "blue"]),
+        (
+            ["prepare", "openmoji", "--style", "blue", "--out", "x"],
+            ["--style", "blue", "octavo prepare --help"],
+        ),
         (["plan", "recipe=pocket_lora", "--layers"], ["--layers"]),
     ],
 )
@@ -225,6 +228,7 @@ def test_the_commands_to_try_next_are_valid() -> None:
         (["--steps", "0"], "sample.num_inference_steps: 0 is not allowed; it must be at least 1"),
         (["--lora", "nowhere.safetensors"], "the LoRA nowhere.safetensors doesn't exist"),
         (["sample.prompts=[]"], "there is no prompt"),
+        (["--out", __file__], "is a file, but pictures need a folder"),
     ],
 )
 def test_generate_refuses_before_torch_is_needed(

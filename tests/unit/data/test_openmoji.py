@@ -116,3 +116,10 @@ def test_refuses_a_file_in_the_way(tmp_path):
 def test_unknown_code_point_is_named():
     with pytest.raises(DataError, match="no picture 1F0000"):
         render_emoji("1F0000", style="color", size_px=32)
+
+
+def test_a_place_that_can_not_be_written_is_named(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="can't be written") as caught:
+        prepare_openmoji(tmp_path / "file" / "data", style="line", limit=1)
+    assert caught.value.where == str(tmp_path / "file" / "data")

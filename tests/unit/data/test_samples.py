@@ -238,3 +238,10 @@ def test_a_relative_path_starts_at_the_working_folder(
     monkeypatch.chdir(tmp_path)
     assert pairs(Path("set")) == [("a.png", "a")]
     assert os.fspath(read(Path("set"))[0].picture).startswith("set")  # type: ignore[arg-type]
+
+
+def test_a_folder_of_unlisted_tables_says_which_file_to_give(tmp_path: Path) -> None:
+    (tmp_path / "train-00000.parquet").touch()
+    with pytest.raises(DataError, match="no pictures in the folder") as caught:
+        read(tmp_path)
+    assert caught.value.hint.endswith(f"data.path={tmp_path / 'train-00000.parquet'}")

@@ -97,10 +97,7 @@ def test_convolutions_and_embeddings_when_asked(tiny_checkpoint: Path) -> None:
         model={
             "dit": {"trainable": "lora"},
             "vae": {"precision": "fp8", "fp8": {"layers": ["conv"]}},
-            "text_encoder": {
-                "precision": "fp8",
-                "fp8": {"layers": ["embedding"], "keep_high_precision": []},
-            },
+            "text_encoder": {"precision": "fp8", "fp8": {"layers": ["embedding"]}},
         },
     )
     assert names(plan, "text_encoder", "fp8") == {"embed_tokens.weight"}
@@ -194,16 +191,23 @@ def test_inference_freezes_everything(tiny_checkpoint: Path) -> None:
     assert plan.component("dit").resting_bytes == 2 * plan.component("dit").numel
 
 
-def test_inference_takes_an_adapter_only_from_a_file(tiny_checkpoint: Path) -> None:
+def test_inference_takes_an_adapter_only_from_a_file(tiny_checkpoint: Path, tmp_path: Path) -> None:
     lora = {"rank": 2}
     model = make_config(tiny_checkpoint, model={"dit": {"trainable": "lora", "lora": lora}}).model
     assert build_inference_plan(model, device="cpu").component("dit").lora is None
-    lora["init_from"] = "a.safetensors"
+    (tmp_path / "a.safetensors").touch()
+    lora["init_from"] = str(tmp_path / "a.safetensors")
     model = make_config(tiny_checkpoint, model={"dit": {"trainable": "lora", "lora": lora}}).model
     dit = build_inference_plan(model, device="cpu").component("dit")
     assert dit.lora is not None
     assert dit.trained_numel == dit.gradient_bytes == 0
     assert dit.adapter_bytes > 0
+
+
+def test_an_adapter_file_that_is_missing_is_refused_before_loading(tiny_checkpoint: Path) -> None:
+    dit = {"trainable": "lora", "lora": {"init_from": "nowhere.safetensors"}}
+    with pytest.raises(ConfigError, match=r'lora\.init_from: the file "nowhere\.safetensors"'):
+        make_plan(tiny_checkpoint, model={"dit": dit})
 
 
 def test_weights_that_are_fp8_in_the_file_are_kept(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -268,6 +272,27 @@ def test_family_defaults_that_match_nothing_are_refused(
 def test_a_single_source_error_is_raised_as_itself(tiny_checkpoint: Path) -> None:
     with pytest.raises(SourceError, match="does not exist"):
         make_plan(tiny_checkpoint.parent / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "config"),
+    [
+        ("dit", "transformer", '{"_class_name": "FluxTransformer2DModel"}'),
+        ("text_encoder", "text_encoder", '{"model_type": "clip_text_model"}'),
+    ],
+)
+def test_another_familys_component_is_refused(
+    tiny_checkpoint: Path, tmp_path: Path, name: str, folder: str, config: str
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_checkpoint / folder, other)
+    (other / "config.json").write_text(config)
+    model = {"dit": {"trainable": "lora"}}
+    model[name] = model.get(name, {}) | {"source": str(other)}
+    with pytest.raises(SourceError, match=r"this is no (Qwen|qwen2_5_vl)") as caught:
+        make_plan(tiny_checkpoint, model=model)
+    assert caught.value.where == str(other)
+    assert "family qwen_image" in caught.value.hint
 
 
 def test_several_source_errors_are_one_report(tiny_checkpoint: Path, tmp_path: Path) -> None:

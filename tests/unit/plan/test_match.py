@@ -85,7 +85,7 @@ def test_each_pattern_that_matches_nothing_is_a_fault() -> None:
     ]
     assert faults[0].message == '"attn.q" matches 0 of 48 linear layers in dit'
     assert faults[0].nearest[0] == "attn.to_q"
-    assert "octavo plan --layers dit" in faults[0].hint
+    assert "octavo plan recipe=... --layers dit" in faults[0].hint
 
 
 def test_nearest_names_say_different_things() -> None:

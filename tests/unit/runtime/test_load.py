@@ -332,3 +332,22 @@ def test_streaming_reuses_one_buffer(tiny_checkpoint: Path) -> None:
     assert not wanted
     assert len(storages) == 1
     assert list(read_tensors([])) == []
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_another_default_device_changes_nothing(tiny_checkpoint: Path, component: str) -> None:
+    """A trainer builds its model with the GPU as the default device; the meta device stands for it here."""
+    fp8 = {"layers": ALL_KINDS}
+    parts = trains(component, trainable="lora", precision="fp8", fp8=fp8, lora={"rank": 2})
+    if component == "vae":
+        parts["vae"]["lora"]["target_modules"] = ["to_qkv"]
+    part = make_plan(tiny_checkpoint, **parts).component(component)
+    expected = load(part)
+    with torch.device("meta"):
+        module = load(part)
+        assert torch.empty(0).device.type == "meta"
+    assert module.state_dict().keys() == expected.state_dict().keys()
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        assert tensor.device == CPU, name
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(module.state_dict()[name], tensor), name

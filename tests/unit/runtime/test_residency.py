@@ -119,3 +119,12 @@ def test_a_phase_that_the_plan_does_not_have(tiny_checkpoint: Path) -> None:
     plan = plan.model_copy(update={"phases": plan.phases[:2]})
     with pytest.raises(KeyError, match="sample"):
         make_residency(plan).enter("sample")
+
+
+def test_release_lets_go_of_what_trains_too(tiny_checkpoint: Path) -> None:
+    residency = make_residency(make_plan(tiny_checkpoint, trainable="lora"))
+    residency.enter("train")
+    dit = weakref.ref(residency.modules["dit"])
+    residency.release()
+    assert dit() is None
+    assert residency.modules == {}

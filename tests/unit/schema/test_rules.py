@@ -97,6 +97,13 @@ def test_several_processes_are_fine_elsewhere(device: str) -> None:
     validate(changed({"model.device": device, "trainer.devices": 2}), lambda _: "")
 
 
+def test_a_warm_up_longer_than_the_run_is_warned_of() -> None:
+    warning = warnings_of({"optim.warmup_steps": 20, "trainer.max_steps": 5})["optim.warmup_steps"]
+    assert "don't fit into trainer.max_steps=5" in warning.message
+    assert "25% of optim.lr" in warning.hint
+    assert warnings_of({"optim.warmup_steps": 5, "trainer.max_steps": 5}) == {}
+
+
 @pytest.mark.parametrize("name", ["sgd", "rmsprop", "adagrad", "adafactor"])
 def test_betas_need_an_optimizer_that_has_them(name: str) -> None:
     fault = faults_of({"optim.name": name, "optim.betas": [0.9, 0.99]})["optim.betas"]

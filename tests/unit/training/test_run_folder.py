@@ -156,3 +156,13 @@ def test_a_checkpoint_that_moved_on_the_hub_is_refused(tmp_path: Path) -> None:
     check_same_sources(start, {"dit": "abc"})
     with pytest.raises(RunError, match=r"dit on the hub have changed(.|\n)*model.revision=abc"):
         check_same_sources(start, {"dit": "def"})
+
+
+def test_a_run_keeps_its_id_and_shares_it_with_no_other(tmp_path: Path) -> None:
+    folder = begin(config(tmp_path), steps=(1,))
+    first = read_state(folder)["id"]
+    assert begin(config(tmp_path)) == folder
+    assert read_state(folder)["id"] == first
+    other = begin(config(tmp_path / "elsewhere"))
+    assert other.name == folder.name
+    assert read_state(other)["id"] != first
