@@ -44,7 +44,7 @@ WARMUP_FRACTION = 0.02
 FINAL_LR_FRACTION = 0.01
 EMA_DECAY = 0.998
 # Guesses, looked at by eye on reconstructions; nothing was swept.
-COLOUR_WEIGHT, EDGE_WEIGHT, SQUARE_WEIGHT, KL_WEIGHT = 2.0, 0.5, 1.0, 1e-5
+EDGE_WEIGHT, SQUARE_WEIGHT, KL_WEIGHT = 0.5, 1.0, 1e-5
 LATENT_NOISE = (
     0.08  # share of each channel's standard deviation; makes the decoder forgive a sampler's errors
 )
@@ -69,8 +69,11 @@ def main() -> None:
     images = torch.cat([read_images(folder) for folder in args.data])
     print(f"{len(images)} images", flush=True)
     run_convolutions_in_2d()
-    vae = AutoencoderKLQwenImage(**ARCHITECTURE)
-    zero_unseen_temporal_weights_(vae)
+    if args.start is None:
+        vae = AutoencoderKLQwenImage(**ARCHITECTURE)
+        zero_unseen_temporal_weights_(vae)
+    else:
+        vae = AutoencoderKLQwenImage.from_pretrained(args.start, torch_dtype=torch.float32)
     optimizer = torch.optim.AdamW(
         vae.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=1e-4
     )
@@ -94,6 +97,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--start", type=Path, help="folder of a VAE to go on from; unset means new")
+    parser.add_argument("--colour-weight", type=float, default=2.0, help="of 4 and 8 px areas")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -157,7 +162,9 @@ def decode(vae: AutoencoderKLQwenImage, z: Tensor) -> Tensor:
     return vae.decoder(vae.post_quant_conv(z)).float().squeeze(2)
 
 
-def compute_loss(vae: AutoencoderKLQwenImage, x: Tensor) -> tuple[Tensor, Tensor]:
+def compute_loss(
+    vae: AutoencoderKLQwenImage, x: Tensor, *, colour_weight: float
+) -> tuple[Tensor, Tensor]:
     """Weigh pixels, colours of areas, edges and the latent prior. Returns (total, pixel L1), scalars."""
     with torch.autocast("cpu", torch.bfloat16):
         mean, log_variance = encode(vae, x)
@@ -173,7 +180,7 @@ def compute_loss(vae: AutoencoderKLQwenImage, x: Tensor) -> tuple[Tensor, Tensor
     total = (
         pixel
         + SQUARE_WEIGHT * square
-        + COLOUR_WEIGHT * colour
+        + colour_weight * colour
         + EDGE_WEIGHT * edge
         + KL_WEIGHT * kl
     )
@@ -205,7 +212,8 @@ def train(run: Run, images: Tensor, args: argparse.Namespace) -> None:
         for group in run.optimizer.param_groups:
             group["lr"] = args.lr * learning_rate_fraction(run.spent_seconds / total_seconds)
         x = permute_colours(images[torch.randint(len(images), (args.batch_size,))])
-        total, pixel = train_step_(run, x.contiguous(memory_format=torch.channels_last))
+        x = x.contiguous(memory_format=torch.channels_last)
+        total, pixel = train_step_(run, x, colour_weight=args.colour_weight)
         run.step += 1
         previous_seconds, run.spent_seconds = run.spent_seconds, time.monotonic() - started
         if is_trial:
@@ -222,9 +230,9 @@ def train(run: Run, images: Tensor, args: argparse.Namespace) -> None:
     state_path(args.out).unlink()
 
 
-def train_step_(run: Run, x: Tensor) -> tuple[float, float]:
+def train_step_(run: Run, x: Tensor, *, colour_weight: float) -> tuple[float, float]:
     """Take one optimiser step on (B, C, H, W). Returns the total loss and the pixel L1 before it."""
-    total, pixel = compute_loss(run.vae, x)
+    total, pixel = compute_loss(run.vae, x, colour_weight=colour_weight)
     total.backward()
     torch.nn.utils.clip_grad_norm_(run.vae.parameters(), 1.0)
     run.optimizer.step()
