@@ -15,6 +15,7 @@ import json
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from PIL import Image
@@ -31,16 +32,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3, help="runs per precision")
     parser.add_argument("--steps", type=int, help="optimizer steps; unset means the recipe's")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--recipe", default="pocket_lora")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "docs", help="folder of quality.md and images/"
     )
     args = parser.parse_args()
-    runs = {
-        (precision, seed): train(args.recipe, precision, seed, args.steps)
-        for seed in range(1, args.seeds + 1)
-        for precision in PRECISIONS
-    }
+    keys = [(p, seed) for seed in range(1, args.seeds + 1) for p in PRECISIONS]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        folders = pool.map(lambda key: train(args.recipe, *key, args.steps), keys)
+        runs = dict(zip(keys, folders, strict=True))
     (args.out / "images").mkdir(parents=True, exist_ok=True)
     draw_sheet(runs, args.out / "images" / "fp8_quality.png")
     page = render_page(runs, " ".join(["python", "benchmarks/fp8_quality.py", *sys.argv[1:]]))
