@@ -73,7 +73,7 @@ def main() -> None:
         vae = AutoencoderKLQwenImage(**ARCHITECTURE)
         zero_unseen_temporal_weights_(vae)
     else:
-        vae = AutoencoderKLQwenImage.from_pretrained(args.start, torch_dtype=torch.float32)
+        vae = AutoencoderKLQwenImage.from_pretrained(args.start, dtype=torch.float32)
     optimizer = torch.optim.AdamW(
         vae.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=1e-4
     )

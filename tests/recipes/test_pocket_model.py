@@ -48,7 +48,7 @@ def test_the_committed_files_are_small() -> None:
 
 
 def test_diffusers_makes_the_same_pictures(exact: list[Image.Image]) -> None:
-    pipeline = QwenImagePipeline.from_pretrained(POCKET, torch_dtype=torch.float32)
+    pipeline = QwenImagePipeline.from_pretrained(POCKET, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     family = get_family("qwen_image")
     family.load_extras(POCKET / "tokenizer", POCKET / "scheduler")
