@@ -1,6 +1,6 @@
 """Reads tensors one at a time into one reused buffer, so that loading costs the largest tensor and no more.
 
-A memory map would count the file's pages as the process's own (FP8.md, "Loading": twice the peak).
+A memory map would count the file's pages as the process's own (measured: twice the peak).
 """
 
 from __future__ import annotations

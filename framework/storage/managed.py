@@ -1,7 +1,7 @@
 """Layers whose frozen weight rests as FP8 codes and is decoded only while it is used.
 
 The usual way, decoding in `forward` and calling `linear`, makes autograd keep the decoded copy of every weight until
-the backward pass, so that FP8 costs more memory than bf16 (FP8.md's table: up to 1.16 of it). Here each product is one
+the backward pass, so that FP8 costs more memory than bf16 (measured: up to 1.16 of it). Here each product is one
 autograd function that decodes in forward, lets go, and decodes again in backward. It saves codes and scale, which exist
 anyway, and nothing of its input, because a frozen weight needs no gradient.
 
