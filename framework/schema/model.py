@@ -21,7 +21,7 @@ class Fp8Config(Section):
 
     scaling: Scaling = Field(
         "row",
-        description="One dequantisation scale per output row (most exact), per tensor, or none (a plain cast: weights below 0.002 are lost).",
+        description="One dequantisation scale per output row (most exact), per tensor, or none (a plain cast: weights below 0.001 become 0).",
     )
     keep_high_precision: tuple[Glob, ...] | None = Field(
         None,
