@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from framework.training.run_log import build_loggers
 from framework.training.sampling import SampleCallback, write_sheet
 
 _PLAN_WIDTH = 120
+
+log = logging.getLogger("octavo")
 
 
 class RunLifecycle(pl.Callback):
@@ -55,6 +58,8 @@ class RunLifecycle(pl.Callback):
         if trainer.is_global_zero:
             self._folder = RunFolder.claim(self._start)
             self._describe(self._folder)
+            if self._start.checkpoint is not None:
+                log.info("going on from %s in %s", self._start.checkpoint, self._folder.path)
         path = str(self._folder.path) if self._folder is not None else None
         self.run_dir = Path(str(trainer.strategy.broadcast(path, src=0)))
         for writer in self._writers:
