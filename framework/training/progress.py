@@ -33,7 +33,13 @@ def show_log() -> Iterator[None]:
     if log.handlers or logging.getLogger().handlers:
         yield
         return
-    handler = RichHandler(console=CONSOLE, show_path=False, show_level=False)
+    handler: logging.Handler
+    if CONSOLE.is_terminal:
+        handler = RichHandler(console=CONSOLE, show_path=False, show_level=False)
+    else:
+        # In a file or a pipe nothing is folded, so that a path stays one word.
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
     level = log.level
     log.addHandler(handler)
     log.setLevel(logging.INFO)
