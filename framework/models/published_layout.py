@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
+from framework.atomic import sync_path
 from framework.errors import PlanError
 from framework.inventory import StoredTensor, read_inventory
 from framework.plan.match import module_name
@@ -69,7 +70,7 @@ def save_component(
             _write_file(staging / file, contents)
         _write_configs(source_folder, staging, entries)
         staging.chmod(0o755)
-        _sync(staging)
+        sync_path(staging)
         _replace_folder(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -160,7 +161,7 @@ def _write_configs(source: Path, staging: Path, entries: Mapping[str, Sequence[_
             target.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         else:
             shutil.copyfile(path, target)
-        _sync(target)
+        sync_path(target)
 
 
 def _replace_folder(staging: Path, folder: Path) -> None:
@@ -172,15 +173,4 @@ def _replace_folder(staging: Path, folder: Path) -> None:
         shutil.rmtree(aside)
     else:
         staging.rename(folder)
-    _sync(folder.parent)
-
-
-def _sync(path: Path) -> None:
-    """Make a file or a rename survive a power cut; nothing to do where folders can't be opened."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_path(folder.parent)

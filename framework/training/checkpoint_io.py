@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 
+from framework.atomic import atomic_write
 from framework.errors import RunError
-from framework.training.atomic import atomic_write
 
 _CHECKPOINT_NAME = re.compile(r"step-(\d{8,})\.ckpt")
 

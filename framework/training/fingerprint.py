@@ -6,9 +6,9 @@ import hashlib
 import json
 from pathlib import Path
 
+from framework.atomic import write_text
 from framework.data import encoder_identity
 from framework.plan.types import ComponentPlan, VramPlan
-from framework.training.atomic import write_text
 
 # Part of every identity: raise it when a change to a family's encode step alters a single number.
 ENCODE_VERSION = 1

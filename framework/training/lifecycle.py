@@ -10,10 +10,10 @@ from typing import Any
 import lightning.pytorch as pl
 from rich.console import Console
 
+from framework.atomic import write_text
 from framework.plan.table import plan_json, render_plan
 from framework.plan.types import VramPlan
 from framework.schema import RunConfig
-from framework.training.atomic import write_text
 from framework.training.checkpointing import CheckpointCallback
 from framework.training.memory import peak_memory_bytes
 from framework.training.metrics import MetricsCallback

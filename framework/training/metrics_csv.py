@@ -14,7 +14,7 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from framework.training.atomic import write_text
+from framework.atomic import write_text
 
 
 class MetricsCsv(Logger):

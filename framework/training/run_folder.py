@@ -23,9 +23,9 @@ from typing import Any, TextIO
 from uuid import uuid4
 
 from framework import __version__
+from framework.atomic import remove_partial_files, write_text
 from framework.errors import RunError
 from framework.schema import RunConfig
-from framework.training.atomic import remove_partial_files, write_text
 from framework.training.checkpoint_io import list_checkpoints, step_of
 
 CONFIG_FILE = "config.yaml"

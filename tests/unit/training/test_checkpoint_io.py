@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from framework.atomic import atomic_write, remove_partial_files
 from framework.errors import RunError
-from framework.training.atomic import atomic_write, remove_partial_files
 from framework.training.checkpoint_io import (
     AtomicCheckpointIO,
     checkpoint_name,

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from framework.atomic import write_text
 from framework.schema import RunConfig
-from framework.training.atomic import write_text
 from framework.training.run_log import build_loggers
 
 

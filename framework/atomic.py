@@ -31,7 +31,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    sync_path(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -40,11 +40,11 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode("utf-8"))
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut; nothing to do where folders can't be opened."""
+def sync_path(path: Path) -> None:
+    """Make a file, or a rename in a folder, survive a power cut; nothing to do where folders can't be opened."""
     if os.name != "posix":
         return
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
