@@ -6,14 +6,41 @@
     ├── DataError            a data set, caption file or picture can't be used              exit code 2
     ├── PlanError            the plan can't be built or carried out on this machine         exit code 2
     └── RunError             a run can't be started, resumed or finished                    exit code 1
+        └── RunStopped       a run was ended from outside; the same command goes on         exit code 1
 
 Each says where the fault is, what was found and what to do next (`where`, `found`, `hint`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+FAULT_CODES: Mapping[str, str] = {
+    "invalid": "The configuration can't be used as it is.",
+    "unknown-key": "A key that no part of Octavo reads.",
+    "renamed-key": "A key that has another name here, or had one before.",
+    "foreign-flag": "A command-line flag of another trainer.",
+    "missing-key": "A key that has no default and wasn't given.",
+    "wrong-value": "A value that isn't one of those allowed.",
+    "wrong-type": "A value of the wrong type.",
+    "out-of-range": "A number outside its range.",
+    "wrong-length": "A list or text that is too short or too long.",
+    "unknown-option": "A configuration group has no file of that name.",
+    "override-syntax": "A command-line override that can't be parsed.",
+    "given-twice": "A key that the command line gives two different values.",
+    "sweep": "Several values for one key that can't be run as a sweep.",
+    "yaml-syntax": "A file that isn't readable YAML.",
+    "defaults-list": "A defaults list that can't be followed.",
+    "interpolation": "An interpolation without a target.",
+    "hydra-setting": "A setting of Hydra itself that Octavo doesn't read.",
+    "rule": "Settings that are allowed alone but not together.",
+    "file": "A file or folder that a setting names and that can't be used.",
+    "layer-name": "A pattern that matches no layer of the checkpoint.",
+    "unused": "A setting that nothing reads in this combination.",
+    "unusual": "A value that is allowed but surely not meant.",
+}
+"""What a fault's code means; codes are stable, so that scripts may rely on them."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +52,9 @@ class Fault:
     where: "recipes/a.yaml:14:5", "command line: model.dit.precision=fp9" or "default"; "" when unknown.
     nearest: valid names close to what was written, best first.
     hint: what to do next.
+    code: kind of fault, a key of FAULT_CODES; for scripts.
+    value: what was written, as YAML would show it; "" where there is no single value.   The message says it too.
+    allowed: what may be written instead, in words; the message says it too.
     """
 
     path: str
@@ -32,6 +62,12 @@ class Fault:
     where: str = ""
     nearest: tuple[str, ...] = ()
     hint: str = ""
+    code: str = "invalid"
+    value: str = ""
+    allowed: str = ""
+
+    def __post_init__(self) -> None:
+        assert self.code in FAULT_CODES, self.code
 
 
 class OctavoError(Exception):
@@ -95,6 +131,10 @@ class RunError(OctavoError):
     """A run can't be started, resumed or finished."""
 
     exit_code = 1
+
+
+class RunStopped(RunError):
+    """A run was asked to end, e.g. by a scheduler; nothing is wrong with it, and the same command goes on."""
 
 
 def format_fault(fault: Fault) -> str:

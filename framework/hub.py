@@ -79,6 +79,16 @@ def locate_component(
     return ComponentFiles(_download(source, subfolder, commit=commit, weights=weights), commit)
 
 
+def find_on_disk(source: str, subfolder: str, *, revision: str) -> ComponentFiles | None:
+    """Like `locate_component`, but never asks the hub: None where the component would have to be fetched."""
+    local = find_folder(source)
+    if local is not None:
+        return ComponentFiles(_subfolder_of(local, subfolder), None)
+    commit = revision if _COMMIT.fullmatch(revision) else _cached_refs(source, revision)
+    cached = _cached_folder(source, subfolder, commit) if commit else None
+    return ComponentFiles(cached, commit) if cached is not None and _is_complete(cached) else None
+
+
 def locate_extra(source: str, name: str, *, revision: str) -> Path:
     """Return the folder of something without weights: "tokenizer", "scheduler"."""
     return locate_component(source, name, revision=revision, weights=False).folder
@@ -188,7 +198,9 @@ def _resolve_commit(source: str, revision: str) -> str:
     from huggingface_hub import HfApi
 
     if _is_offline():
-        return _cached_commit(source, revision)
+        if known := _cached_refs(source, revision):
+            return known
+        raise _offline_error(source, revision)
     try:
         commit = HfApi().model_info(source, revision=revision, timeout=10).sha
     except _hub_errors() as error:
@@ -201,13 +213,6 @@ def _resolve_commit(source: str, revision: str) -> str:
     if not commit:
         raise SourceError(f"the hub names no commit for revision {revision}", where=source)
     return commit
-
-
-def _cached_commit(source: str, revision: str) -> str:
-    known = _cached_refs(source, revision)
-    if known:
-        return known
-    raise _offline_error(source, revision)
 
 
 def _cached_refs(source: str, revision: str) -> str | None:

@@ -5,38 +5,35 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from pathlib import Path
 
 import yaml
 
 from framework.cli.report import print_warnings
-from framework.compose import Provenance, compose_run
-from framework.errors import ConfigError, Fault
+from framework.errors import ConfigError
+from framework.judge import judge_run
+from framework.judge.verdict import located
 from framework.schema.run import RunConfig
-from framework.schema.validate import Use, validate
+from framework.schema.validate import Use
 
 
 @contextmanager
-def judged_config(overrides: Sequence[str], *, use: Use) -> Iterator[RunConfig]:
+def judged_config(
+    overrides: Sequence[str], *, use: Use, config_dir: Path | None = None
+) -> Iterator[RunConfig]:
     """Give the configuration that recipe and overrides describe to the block; warnings go to stderr.
 
     A fault that the block finds later, for instance a layer name that the checkpoint lacks, is told with the line or
     override that set its key, as faults found here are.   Raises ConfigError with every fault.
     """
-    composition = compose_run(overrides)
-    config, warnings = validate(composition.values, composition.where, use=use)
+    verdict = judge_run(overrides, use=use, config_dir=config_dir)
+    config = verdict.valid_config()
     if is_first_process():
-        print_warnings(warnings)
+        print_warnings(verdict.warnings)
     try:
         yield config
     except ConfigError as error:
-        raise ConfigError([_located(fault, composition.where) for fault in error.faults]) from error
-
-
-def _located(fault: Fault, where: Provenance) -> Fault:
-    if fault.where or not fault.path:
-        return fault
-    return replace(fault, where=where(fault.path))
+        raise ConfigError([located(fault, verdict.where) for fault in error.faults]) from error
 
 
 def config_text(config: RunConfig) -> str:

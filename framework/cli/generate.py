@@ -21,13 +21,14 @@ def run_generation(
     prompts: Sequence[str],
     lora: Path | None,
     out: Path,
+    config_dir: Path | None = None,
 ) -> None:
     """Make one picture per prompt and write them below `out`; no file is overwritten.
 
     prompts: empty means those of the recipe.
     Raises ConfigError before torch is imported; SourceError or PlanError before pictures are made.
     """
-    with judged_config(overrides, use="generate") as config:
+    with judged_config(overrides, use="generate", config_dir=config_dir) as config:
         wanted = tuple(prompts) or config.sample.prompts
         if not wanted:
             hint = 'Give it as --prompt "a red apple", once for each picture.'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,6 +40,15 @@ Overrides = Annotated[
     ),
 ]
 
+ConfigDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--config-dir", metavar="FOLDER", help="Recipes there are found before all others."
+    ),
+]
+# Flags that aren't ours go to the overrides' report, which knows what other trainers' flags are called here.
+_FLAGS_PASS = {"ignore_unknown_options": True}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 the run failed, 2 the request can't be met, 130 stopped.
@@ -46,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv: without the program's name; None means the process's own.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if misspelt := _misspelt_option(arguments):
+        print_usage_error(*misspelt)
+        return 2
     try:
         code = typer.main.get_command(app).main(
             arguments, prog_name="octavo", standalone_mode=False
@@ -81,17 +94,40 @@ def _octavo(
         sys.stdout.write(context.get_help() + "\n")
 
 
-@app.command()
-def train(overrides: Overrides = None) -> None:
+@app.command(context_settings=_FLAGS_PASS)
+def train(
+    overrides: Overrides = None,
+    multirun: Annotated[
+        bool,
+        typer.Option(
+            "--multirun", "-m", help="Run every combination of KEY=A,B; go on with a stopped sweep."
+        ),
+    ] = False,
+    config_dir: ConfigDir = None,
+    summary: Annotated[
+        Path | None,
+        typer.Option("--summary", metavar="FILE", help="Write how the run ended as JSON."),
+    ] = None,
+) -> int:
     """Train a run, or go on with one that was stopped."""
+    if multirun:
+        from framework.cli.sweep import run_sweep
+
+        if summary is not None:
+            raise typer.BadParameter(
+                "a sweep writes a results.json of its own: leave out --summary"
+            )
+        return run_sweep(overrides or [], config_dir=config_dir)
     from framework.cli.train import run_training
 
-    run_training(overrides or [])
+    run_training(overrides or [], config_dir=config_dir, summary=summary)
+    return 0
 
 
-@app.command()
+@app.command(context_settings=_FLAGS_PASS)
 def plan(
     overrides: Overrides = None,
+    config_dir: ConfigDir = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     layers: Annotated[
         str | None,
@@ -103,19 +139,65 @@ def plan(
     """Say what a run will hold in memory, from the headers of its weights alone."""
     from framework.cli.plan import run_plan
 
-    run_plan(overrides or [], as_json=as_json, layers=layers)
+    run_plan(overrides or [], as_json=as_json, layers=layers, config_dir=config_dir)
+
+
+@app.command(context_settings=_FLAGS_PASS)
+def validate(
+    targets: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[recipe=A,B [KEY=VALUE,VALUE]...] [FILE.yaml]...",
+            help="A recipe with overrides, every combination of several, or recipe files.",
+            show_default=False,
+        ),
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every recipe that can be found.")] = False,
+    config_dir: ConfigDir = None,
+    form: Annotated[
+        Literal["text", "json", "github", "sarif"],
+        typer.Option("--format", help="For people, scripts, GitHub Actions or code scanning."),
+    ] = "text",
+    strict: Annotated[bool, typer.Option("--strict", help="Warnings count as faults.")] = False,
+) -> int:
+    """Judge configurations in a moment: no weight is read, nothing is fetched, torch stays unloaded."""
+    from framework.cli.validate import run_validation
+
+    return run_validation(
+        targets or [], every=every, config_dir=config_dir, form=form, strict=strict
+    )
+
+
+@app.command(context_settings=_FLAGS_PASS)
+def explain(
+    key: Annotated[str, typer.Argument(metavar="KEY", help="E.g. model.dit.precision, or optim.")],
+    overrides: Overrides = None,
+    config_dir: ConfigDir = None,
+) -> None:
+    """Say what a key does, what it may be, and what set its present value."""
+    from framework.cli.explain import run_explain
+
+    run_explain(key, overrides or [], config_dir=config_dir)
 
 
 @app.command()
-def validate(overrides: Overrides = None) -> None:
-    """Judge a configuration without reading anything else."""
-    from framework.cli.configuration import judged_config
+def compare(
+    folders: Annotated[
+        list[Path],
+        typer.Argument(metavar="FOLDER...", help="A sweep's folder, or several runs' folders."),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for results.csv and results.html of several runs."),
+    ] = None,
+) -> int:
+    """Compare the runs of a sweep, finished or not, by validation loss, time and memory."""
+    from framework.cli.compare import run_compare
 
-    with judged_config(overrides or [], use="train") as config:
-        output_console().print(f"The configuration of {config.run.name} is valid.")
+    return run_compare(folders, out=out)
 
 
-@app.command("generate")
+@app.command("generate", context_settings=_FLAGS_PASS)
 @dataclass
 class Generate:
     """Make pictures with the model of a recipe, with or without a LoRA."""
@@ -140,6 +222,7 @@ class Generate:
     out: Annotated[Path, typer.Option("--out", help="Folder for the PNG files.")] = Path(
         "outputs/generated"
     )
+    config_dir: ConfigDir = None
 
     def __post_init__(self) -> None:
         from framework.cli.generate import run_generation, sample_overrides
@@ -152,6 +235,7 @@ class Generate:
             prompts=self.prompts or [],
             lora=self.lora,
             out=self.out,
+            config_dir=self.config_dir,
         )
 
 
@@ -161,11 +245,26 @@ def schema(
         Literal["json", "markdown"],
         typer.Option("--format", help="JSON Schema, or the page of all keys."),
     ] = "json",
+    of: Annotated[
+        str,
+        typer.Option(
+            "--of",
+            metavar="NAME",
+            help="run: a whole configuration; recipe: what a recipe's file may hold; or a group such as model.",
+        ),
+    ] = "run",
+    write: Annotated[
+        Path | None,
+        typer.Option("--write", metavar="FOLDER", help="Write every schema there instead."),
+    ] = None,
 ) -> None:
     """Print every key that a configuration may hold."""
-    from framework.cli.schema import schema_text
+    from framework.cli.schema import schema_text, write_schemas
 
-    sys.stdout.write(schema_text(form))
+    if write is not None:
+        write_schemas(write)
+    else:
+        sys.stdout.write(schema_text(form, of))
 
 
 @prepare_app.callback(invoke_without_command=True)
@@ -212,6 +311,26 @@ def _report_usage(error: BaseException, arguments: Sequence[str]) -> int:
         hint = f"Overrides have no dashes: {dashed[0].lstrip('-')}"
     print_usage_error(message, hint)
     return 2
+
+
+def _misspelt_option(arguments: Sequence[str]) -> tuple[str, str] | None:
+    """Message and hint for a flag that is nearly one of the command's own.
+
+    Flags that are not reach the report on overrides, which knows other trainers' flags.
+    """
+    commands = getattr(typer.main.get_command(app), "commands", {})
+    if not arguments or arguments[0] not in commands:
+        return None
+    own = [flag for parameter in commands[arguments[0]].params for flag in parameter.opts]
+    for argument in arguments[1:]:
+        flag = argument.partition("=")[0]
+        if not flag.startswith("--") or flag in own or "." in flag:
+            continue
+        close = difflib.get_close_matches(flag, own, n=1, cutoff=0.85)
+        if close and flag != "--help":
+            hint = f"Write {close[0]}; `octavo {arguments[0]} --help` lists what it takes."
+            return f"No such option: {flag}", hint
+    return None
 
 
 def _command_names() -> tuple[str, ...]:

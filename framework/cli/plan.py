@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from framework.cli.configuration import judged_config
 from framework.cli.report import output_console
 from framework.errors import ConfigError, Fault
 
 
-def run_plan(overrides: Sequence[str], *, as_json: bool, layers: str | None) -> None:
+def run_plan(
+    overrides: Sequence[str],
+    *,
+    as_json: bool,
+    layers: str | None,
+    config_dir: Path | None = None,
+) -> None:
     """Print the plan as tables or JSON, or the layers of one component.
 
-    layers: name of a component, e.g. "dit".   Only the plan goes to stdout.
+    layers: name of a component, e.g. "dit".   config_dir: a folder of recipes that is searched first.
+    Only the plan goes to stdout.
     Raises ConfigError, SourceError or PlanError. Reads configuration files and headers; torch stays unloaded.
     """
-    with judged_config(overrides, use="plan") as config:
+    with judged_config(overrides, use="plan", config_dir=config_dir) as config:
         components = tuple(config.model.components)
         if layers is not None and layers not in components:
             message = f"there is no component {layers!r} in {config.model.family}"

@@ -28,7 +28,7 @@ def output_console() -> Console:
 def print_error(error: OctavoError) -> None:
     """Report an error on stderr: what is wrong, where, what was found, what to do next."""
     if isinstance(error, ConfigError):
-        _print_faults(f"Error: {error.message}", error.faults, "bold red")
+        print_faults(f"Error: {error.message}", error.faults, "bold red")
         return
     lines = [("Where", error.where), ("Found", error.found), ("Next", error.hint)]
     console = error_console()
@@ -41,7 +41,7 @@ def print_warnings(faults: Sequence[Fault]) -> None:
     if faults:
         count = len(faults)
         title = f"{count} warning{'s' if count != 1 else ''} about the configuration"
-        _print_faults(title, faults, "bold yellow")
+        print_faults(title, faults, "bold yellow")
 
 
 def print_usage_error(message: str, hint: str) -> None:
@@ -51,10 +51,13 @@ def print_usage_error(message: str, hint: str) -> None:
     _print_details(console, [("Next", hint)])
 
 
-def _print_faults(title: str, faults: Sequence[Fault], style: str) -> None:
+def print_faults(
+    title: str, faults: Sequence[Fault], style: str, *, concerns: Sequence[str] = ()
+) -> None:
+    """Write a headline and each fault below it.   concerns: for each fault, which of many configurations have it."""
     console = error_console()
     console.print(Text(title, style=style))
-    for fault in faults:
+    for fault, concerned in zip(faults, concerns or [""] * len(faults), strict=True):
         console.print(
             Text.assemble("  ", (fault.path, "bold"), ": " if fault.path else "", fault.message)
         )
@@ -62,6 +65,7 @@ def _print_faults(title: str, faults: Sequence[Fault], style: str) -> None:
             ("Set by", fault.where),
             ("Nearest", ", ".join(fault.nearest)),
             ("Next", fault.hint),
+            ("In", concerned),
         ]
         _print_details(console, lines)
 

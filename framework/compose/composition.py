@@ -2,45 +2,41 @@
 
 from __future__ import annotations
 
-import difflib
+import copy
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-import yaml
-from hydra import compose, initialize_config_dir
-from hydra.core.config_loader import ConfigLoader
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra._internal.defaults_list import create_defaults_list
+from hydra.core.default_element import ResultDefault
+from hydra.core.override_parser.types import Override, OverrideType
 from hydra.errors import HydraException
-from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 
-from framework.compose.messages import file_of, options_of, translate
+from framework.compose.interpolation import resolve
+from framework.compose.merge import apply_override, merge_files, taken_back
+from framework.compose.messages import close_names, command_line, hydra_setting, options_hint
+from framework.compose.overrides import Words, read_words, refuse_settings, refuse_sweeps
 from framework.compose.provenance import Provenance, canonical_path
-from framework.compose.sources import (
-    conf_dir,
-    recipe_names,
-    recipes_on_search_path,
-)
-from framework.errors import ConfigError, Fault
+from framework.compose.repository import ROOT_CONFIG, Repository, hydra_rules
+from framework.compose.sources import RECIPE_GROUP, conf_dir, shown_path
+from framework.errors import Fault
 
-_ROOT_CONFIG = "config"
-_PIECE = re.compile(r"[^.\[\]]+")
-_KEY = re.compile(r"[+~]{0,2}\w+([./@:]\w+)*")
-# What quotes, lists, mappings, sweeps, escapes and interpolations are written with stands in no plain value.
-_PLAIN_VALUE = re.compile(r"""(?P<key>[+]{0,2}[A-Za-z0-9_./]+)=(?P<value>[^'"\[\]{},$\\]*)""")
-_FOREIGN_ERRORS = (
-    HydraException,
-    OmegaConfBaseException,
-    yaml.YAMLError,
-    ValueError,
-    AssertionError,
+_HYDRA_REFUSES = (HydraException, OSError, ValueError, AssertionError, RecursionError, TypeError)
+# What is true of a value alone, whatever else the configuration would have said.
+_CERTAIN_CODES = frozenset(
+    {
+        "unknown-key",
+        "renamed-key",
+        "wrong-value",
+        "wrong-type",
+        "out-of-range",
+        "wrong-length",
+        "foreign-flag",
+    }
 )
 
 
@@ -50,222 +46,264 @@ class Composition:
 
     values: plain nested dicts and lists; a value that must still be given is the string "???".
     where: looks up what set a dotted path.
+    faults: everything that is wrong with files and overrides themselves; the faulty part isn't in `values`.
+    left_out: dotted paths whose values aren't known because of these faults; "" where a recipe couldn't be read.
+    warnings: keys of a recipe that another file takes back, since `_self_` stands before it.
     """
 
     values: dict[str, Any]
     where: Provenance
+    faults: tuple[Fault, ...] = ()
+    left_out: frozenset[str] = frozenset()
+    warnings: tuple[Fault, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        """Whether every file could be read, so that a key that isn't there was really not given."""
+        return "" not in self.left_out
+
+    def keeps(self, fault: Fault) -> bool:
+        """Whether a later fault is one of its own, not only the shadow of a part that was left out."""
+        if not any(_touches(path, fault.path) for path in self.left_out):
+            return True
+        written = fault.where not in ("", "default") and not fault.where.startswith(
+            shown_path(conf_dir())
+        )
+        return fault.code in _CERTAIN_CODES and written
 
 
-def compose_run(overrides: Sequence[str]) -> Composition:
+def _touches(left_out: str, path: str) -> bool:
+    return (
+        left_out in ("", path)
+        or path.startswith((f"{left_out}.", f"{left_out}["))
+        or left_out.startswith((f"{path}.", f"{path}["))
+    )
+
+
+def compose_run(overrides: Sequence[str], *, config_dir: Path | None = None) -> Composition:
     """Merge conf/, the recipe and the overrides; resolve interpolations; note what set each value.
 
     overrides: as typed, e.g. ["recipe=pocket_lora", "model.dit.precision=fp8"].
+    config_dir: a folder of recipes that is searched first.
     Keys that don't exist are let through, so that the schema can name them with the nearest valid one.
-    Raises ConfigError: syntax, unknown or missing recipe, interpolations without a target. Reads only YAML.
+    Raises nothing for what a person wrote: faults are in the result. Reads only YAML.
     """
-    parsed = _parse_overrides(overrides)
-    with recipes_on_search_path(), _initialized() as loader:
-        groups = set(loader.list_groups(""))
-        _check_group_values(parsed, groups, loader)
-        lines = [_line_for_hydra(override, groups) for override in parsed]
-        try:
-            chosen = loader.compute_defaults_list(_ROOT_CONFIG, lines, RunMode.RUN).defaults
-            config = compose(_ROOT_CONFIG, overrides=lines)
-        except _FOREIGN_ERRORS as error:
-            faults = _culprits(parsed, groups) or translate(error, parsed, loader)
-            raise ConfigError(faults) from error
-        where = Provenance()
-        for default in chosen:
-            file = file_of(loader, default.config_path)
-            if file is not None:
-                where.add_file(file, default.package or "")
-        for override in parsed:
-            if not _names_group(override, groups):
+    with Composer(config_dir=config_dir) as composer:
+        return composer.compose(overrides)
+
+
+@dataclass
+class _Base:
+    """Files merged in order, before any override of a key."""
+
+    config: DictConfig
+    where: Provenance
+    faults: list[Fault] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    warnings: list[Fault] = field(default_factory=list)
+
+
+class Composer:
+    """Makes many compositions; files that they share are read and merged once.
+
+    What lies on the disk is taken as it is when a file is first needed.
+    """
+
+    def __init__(self, *, config_dir: Path | None = None) -> None:
+        self.repository = Repository(config_dir)
+        self._bases: dict[tuple[str, ...], _Base] = {}
+        self._faults: list[Fault] = []
+        if config_dir is not None and not config_dir.is_dir():
+            found = "is a file, not a folder" if config_dir.exists() else "doesn't exist"
+            where = command_line(f"--config-dir {config_dir}")
+            hint = "Name a folder that holds recipes."
+            message = f"'{config_dir}' {found}"
+            self._faults.append(Fault("--config-dir", message, where, hint=hint, code="file"))
+
+    def __enter__(self) -> Composer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bases.clear()
+
+    def compose(self, overrides: Sequence[str]) -> Composition:
+        """Make one composition; see `compose_run`."""
+        words = read_words(overrides, self.repository)
+        refuse_sweeps(words, self.repository)
+        refuse_settings(words)
+        self._refuse_missing_recipe(words, overrides)
+        base = self._base(words)
+        config, where = copy.deepcopy(base.config), base.where.copy()
+        faults = [*self._faults, *words.faults, *base.faults]
+        left_out = {*words.left_out, *base.left_out}
+        for override in words.keys:
+            fault = apply_override(config, override)
+            if fault is None:
                 where.add_override(override.get_key_element(), str(override.input_line))
-    _refuse_hydra_settings(where)
-    values = _resolve(config, where)
-    return Composition(values, where)
-
-
-@contextmanager
-def _initialized() -> Iterator[ConfigLoader]:
-    """Start Hydra on our configuration folder; a Hydra program that runs around us gets its own back."""
-    outer = GlobalHydra.instance().hydra
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(
-            config_dir=str(conf_dir()), job_name="octavo", version_base="1.3"
-        ):
-            yield GlobalHydra.instance().config_loader()
-    finally:
-        GlobalHydra.instance().hydra = outer
-
-
-def _parse_overrides(overrides: Sequence[str]) -> list[Override]:
-    """Parse what was typed. Raises ConfigError that names every override with wrong syntax."""
-    parser = OverridesParser.create()
-    parsed: list[Override] = []
-    faults: list[Fault] = []
-    for line in overrides:
-        where = f"command line: {line}"
-        try:
-            if line.startswith("="):
-                raise ValueError("no key before =")
-            override = _parse_one(parser, line)
-        except (HydraException, ValueError) as error:
-            faults.append(_syntax_fault(line, error))
-            continue
-        key = override.key_or_group
-        if override.is_sweep_override():
-            hint = (
-                f"For a list write {key}=[1,2]; for a text with a comma quote it: '{key}=\"a,b\"'."
-            )
-            faults.append(
-                Fault(
-                    key,
-                    "holds several values for a sweep; one run takes one value",
-                    where,
-                    hint=hint,
-                )
-            )
-        elif override.is_hydra_override():
-            hint = "Use `run.name` and `run.output_dir` for where a run is written."
-            faults.append(
-                Fault(key, "Hydra's own settings aren't read by Octavo", where, hint=hint)
-            )
-        else:
-            parsed.append(override)
-    if faults:
-        raise ConfigError(faults)
-    return parsed
-
-
-def _parse_one(parser: OverridesParser, line: str) -> Override:
-    """Parse one override. Hydra wants quotes around `~/é (1)`; a value without any syntax in it is a text anyway."""
-    try:
-        return parser.parse_override(line)
-    except HydraException:
-        plain = _PLAIN_VALUE.fullmatch(line)
-        if plain is None:
-            raise
-        return parser.parse_override(f"{plain['key']}='{plain['value'].strip()}'")
-
-
-def _syntax_fault(line: str, error: Exception) -> Fault:
-    where = f"command line: {line}"
-    if "=" not in line or line.startswith("="):
-        names = recipe_names()
-        name = Path(line).stem if line.endswith(".yaml") else line
-        close = difflib.get_close_matches(name, names, n=1)
-        example = f"recipe={close[0]}" if close else "model.dit.precision=fp8"
-        return Fault(
-            "", f"'{line}' isn't of the form key=value", where, hint=f"Write it as e.g. {example}"
+            else:
+                faults.append(fault)
+                left_out.add(canonical_path(override.key_or_group))
+        values, broken, paths = resolve(config, where)
+        return Composition(
+            values=values,
+            where=where,
+            faults=tuple(dict.fromkeys([*faults, *broken])),
+            left_out=frozenset({*left_out, *paths}),
+            warnings=tuple(base.warnings),
         )
-    key, _, value = line.partition("=")
-    reason = str(error).splitlines()[0]
-    if line.startswith("-"):
-        hint = f"Overrides have no dashes: {line.lstrip('-')}"
-    elif "[" in key:
-        hint = f"Write a list element with a dot, {'.'.join(_PIECE.findall(key))}={value}, or give the whole list."
-    elif not _KEY.fullmatch(key):
-        hint = "Write the key as a dotted path, e.g. model.dit.precision=fp8"
-    elif value.startswith("["):
-        hint = f'Put each text of the list in quotes: \'{key}=["one","two"]\''
-    else:
-        hint = f"Put values with spaces, commas or brackets in quotes: '{key}=\"{value}\"'"
-    return Fault(key.lstrip("+~"), f"can't be parsed: {reason}", where, hint=hint)
 
+    def _refuse_missing_recipe(self, words: Words, overrides: Sequence[str]) -> None:
+        """Tell a command line that names no recipe; the rest of it is judged all the same."""
+        if any(_is_recipe(override) for override in words.groups):
+            return
+        if "" in words.left_out:
+            return  # it names one, and that has a fault already
+        options = self.repository.options(RECIPE_GROUP)
+        example = options[0] if options else "NAME"
+        dotless = [str(line).partition("=")[0] for line in overrides if "=" in str(line)]
+        close = close_names(RECIPE_GROUP, dotless, cutoff=0.8)
+        fault = Fault(
+            RECIPE_GROUP,
+            f"must be given, e.g. {RECIPE_GROUP}={example}",
+            command_line("no recipe= in it"),
+            (RECIPE_GROUP,) if close else (),
+            options_hint(RECIPE_GROUP, options),
+            code="missing-key",
+        )
+        words.refuse(fault, "")
 
-def _names_group(override: Override, groups: set[str]) -> bool:
-    return override.key_or_group in groups and not isinstance(override.value(), dict)
+    def _base(self, words: Words) -> _Base:
+        key = tuple(sorted(_group_line(override) for override in words.groups))
+        base = self._bases.get(key)
+        if base is None:
+            base = self._merged(words.groups)
+            self._bases[key] = base
+        return base
 
+    def _merged(self, groups: Sequence[Override]) -> _Base:
+        """Order and merge the files that a choice of options asks for."""
+        faults: list[Fault] = []
+        left_out: list[str] = []
+        with hydra_rules():
+            defaults = self._followed(list(groups), faults, left_out)
+        config, where, refused, lost = merge_files(defaults, self.repository)
+        left_out += lost
+        for default in defaults:
+            path = str(default.config_path)
+            file, entries = self.repository.file(path), self.repository.defaults(path)
+            faults += [*file.faults, *entries.faults]
+            left_out += entries.left_out
+            if file.broken:
+                group = path.rpartition("/")[0]
+                left_out.append("" if path.startswith(RECIPE_GROUP) else group)
+        for place in where.files_with_key("hydra"):
+            faults.append(hydra_setting("hydra", place, hint="Remove the section `hydra`."))
+            break
+        if "hydra" in list(config):
+            del config["hydra"]
+        where.forget("hydra")
+        warnings = taken_back(defaults, self.repository, where)
+        return _Base(config, where, [*faults, *refused], left_out, warnings)
 
-def _check_group_values(parsed: Sequence[Override], groups: set[str], loader: ConfigLoader) -> None:
-    """Raise ConfigError where a group is given something that can't name one of its files."""
-    faults = []
-    for override in parsed:
-        group = override.key_or_group
-        if not _names_group(override, groups) or override.is_delete():
-            continue
-        if not isinstance(override.value(), (str, list)):
-            message = f"must name one of the files of this group, not {override.value()!r}"
-            hint = f"Use one of: {', '.join(options_of(loader, group))}."
-            faults.append(Fault(group, message, f"command line: {override.input_line}", hint=hint))
-    if faults:
-        raise ConfigError(faults)
-
-
-def _line_for_hydra(override: Override, groups: set[str]) -> str:
-    """Turn `key=value` into a forced one, so that an unknown key reaches our own report instead of Hydra's."""
-    line = str(override.input_line)
-    if _names_group(override, groups):
-        return line.lstrip("+") if override.package is None else line
-    if override.is_delete() or override.package is not None:
-        return line
-    return "++" + line.lstrip("+")
-
-
-def _culprits(parsed: Sequence[Override], groups: set[str]) -> list[Fault]:
-    """The overrides of plain keys that can't be merged, found by trying each alone; Hydra often doesn't name it."""
-    chosen = [_line_for_hydra(o, groups) for o in parsed if _names_group(o, groups)]
-    try:
-        compose(_ROOT_CONFIG, overrides=chosen)
-    except _FOREIGN_ERRORS:
-        return []
-    faults = []
-    for override in parsed:
-        if _names_group(override, groups):
-            continue
-        try:
-            compose(_ROOT_CONFIG, overrides=[*chosen, _line_for_hydra(override, groups)])
-        except _FOREIGN_ERRORS as error:
-            cause = (
-                error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-            )
-            reason = str(cause).strip().splitlines()[0].replace("++", "")
-            path = canonical_path(override.key_or_group)
-            where = f"command line: {override.input_line}"
-            hint = "Give the whole value, e.g. a list as key=[a,b]." if "[" in path else ""
-            faults.append(Fault(path, f"can't be set: {reason}", where, hint=hint))
-    return faults
-
-
-def _refuse_hydra_settings(where: Provenance) -> None:
-    places = where.files_with_key("hydra")
-    if places:
-        message = "Hydra's own settings aren't read by Octavo"
-        raise ConfigError([Fault("hydra", message, places[0], hint="Remove the section `hydra`.")])
-
-
-def _resolve(config: DictConfig, where: Provenance) -> dict[str, Any]:
-    """Fill in interpolations. Raises ConfigError that names every one without a target."""
-    try:
-        values = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
-    except OmegaConfBaseException as error:
-        faults = list(_broken_interpolations(config, "", where))
-        if not faults:
-            faults = [Fault("", str(error).splitlines()[0])]
-        raise ConfigError(faults) from error
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
-
-
-def _broken_interpolations(node: Any, path: str, where: Provenance) -> Iterator[Fault]:
-    keys = range(len(node)) if OmegaConf.is_list(node) else list(node)
-    for key in keys:
-        below = f"{path}[{key}]" if isinstance(key, int) else f"{path}.{key}".lstrip(".")
-        if OmegaConf.is_interpolation(node, key):
+    def _followed(
+        self, groups: list[Override], faults: list[Fault], left_out: list[str]
+    ) -> list[ResultDefault]:
+        """The files in Hydra's order. What Hydra refuses is told and left out, until it refuses nothing more."""
+        if not self.repository.defaults(ROOT_CONFIG).entries:  # a fault of its own
+            left_out.append("")
+            return [ResultDefault(config_path=ROOT_CONFIG, package="")]
+        has_recipe = any(_is_recipe(override) for override in groups)
+        if not has_recipe and RECIPE_GROUP in self.repository.root_groups:
+            groups = [*groups, _removal(RECIPE_GROUP)]
+        groups = [self._appended(override) for override in groups]
+        while True:
             try:
-                OmegaConf.to_container(OmegaConf.create({"value": node[key]}), resolve=True)
-            except OmegaConfBaseException as error:
-                written = node._get_node(key)._value()
-                reason = str(error).splitlines()[0]
-                hint = "An interpolation names a full path, e.g. ${optim.lr}."
-                yield Fault(
-                    canonical_path(below),
-                    f"{written!r} can't be filled in: {reason}",
-                    where(below),
-                    hint=hint,
+                return list(
+                    create_defaults_list(
+                        repo=self.repository,
+                        config_name=ROOT_CONFIG,
+                        overrides_list=groups,
+                        prepend_hydra=False,
+                        skip_missing=False,
+                    ).defaults
                 )
-        elif not OmegaConf.is_missing(node, key) and OmegaConf.is_config(node[key]):
-            yield from _broken_interpolations(node[key], below, where)
+            except _HYDRA_REFUSES as error:
+                fault, dropped = self._refused(error, groups)
+                faults.append(fault)
+                left_out.append("" if dropped is None else dropped.key_or_group)
+                if dropped is None or _is_recipe(dropped):
+                    left_out.append("")
+                if not groups:
+                    return []
+                groups = self._fewer(groups, dropped)
+
+    @staticmethod
+    def _fewer(groups: list[Override], dropped: Override | None) -> list[Override]:
+        """What to try next: all but the choice that was refused, else no recipe, else nothing."""
+        if dropped is not None and not (dropped.is_delete() and _is_recipe(dropped)):
+            kept = [override for override in groups if override is not dropped]
+            if _is_recipe(dropped):
+                kept.append(_removal(RECIPE_GROUP))
+            return kept
+        if any(_is_recipe(o) and not o.is_delete() for o in groups):
+            kept = [override for override in groups if not _is_recipe(override)]
+            return [*kept, _removal(RECIPE_GROUP)]
+        return [_removal(RECIPE_GROUP)] if len(groups) > 1 else []
+
+    def _appended(self, override: Override) -> Override:
+        """Choose an option of a group that the root configuration doesn't name, as if it did."""
+        if override.is_delete() or override.key_or_group in self.repository.root_groups:
+            return override
+        return Override(
+            type=OverrideType.ADD,
+            key_or_group=override.key_or_group,
+            value_type=override.value_type,
+            _value=override._value,
+            input_line=override.input_line,
+        )
+
+    def _refused(
+        self, error: Exception, groups: Sequence[Override]
+    ) -> tuple[Fault, Override | None]:
+        """Say in our words what Hydra refused, and which choice of the command line it was, if one."""
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        found = re.match(r"In '?([^':]+)'?:\s*(.*)", lines[0])
+        where, message = "", lines[0]
+        if found is not None:
+            message = found[2] or (lines[1].strip() if len(lines) > 1 else lines[0])
+            if self.repository.has_file(found[1]):
+                where = self.repository.file(found[1]).shown
+        required = re.match(r"You must specify '([^']+)'", message)
+        named = re.search(r"(?:override|delete) '?([\w/]+)", message)
+        group = required[1] if required else named[1] if named else ""
+        dropped = next((o for o in groups if o.key_or_group == group), None)
+        if where == "" and dropped is not None and dropped.input_line:
+            where = command_line(dropped.input_line)
+        if where == "":
+            recipe = next((o for o in groups if _is_recipe(o)), None)
+            where = command_line(str(recipe.input_line)) if recipe is not None else "default"
+        hint = "Correct the defaults list there."
+        if required is not None:
+            options = self.repository.options(group)
+            message, hint = f"must be given, e.g. {group}=NAME", options_hint(group, options)
+        elif dropped is not None and dropped.is_delete():
+            message, hint = "can't be removed: the run hasn't chosen it", "Leave this override out."
+        fault = Fault(group or "defaults", message, where, hint=hint, code="defaults-list")
+        return fault, dropped
+
+
+def _is_recipe(override: Override) -> bool:
+    return bool(override.key_or_group == RECIPE_GROUP)
+
+
+def _removal(group: str) -> Override:
+    return Override(OverrideType.DEL, group, None, None, input_line=f"~{group}")
+
+
+def _group_line(override: Override) -> str:
+    return f"{override.type.name} {override.key_or_group}={override.value()!r}"

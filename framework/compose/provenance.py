@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from framework.compose.sources import read_yaml_text, shown_path
+from framework.compose.yaml_file import MERGE_TAG, YamlFile
 
-_MERGE_TAG = "tag:yaml.org,2002:merge"
 _PIECE = re.compile(r"[^.\[\]]+")
 
 
@@ -58,6 +56,14 @@ class Provenance:
             w for key, (w, _) in self._entries.items() if key == name or _is_below(key, name)
         )
 
+    def leaves(self) -> tuple[str, ...]:
+        """Every path that was set to a plain value or a list."""
+        return tuple(
+            path
+            for path, (_, whole) in self._entries.items()
+            if whole and not any(self._entries.get(p, ("", False))[1] for p in _parents(path))
+        )
+
     def add_override(self, key: str, line: str) -> None:
         """Note an override from the command line; `line` is what was typed."""
         path = canonical_path(key.lstrip("~+"))
@@ -72,17 +78,25 @@ class Provenance:
                     entry  # a plain value that this override turned into a section
                 )
 
-    def add_file(self, file: Path, package: str) -> None:
+    def add_file(self, file: YamlFile, package: str) -> None:
         """Note everything that a YAML file sets. package: dotted path that its keys are put under, "" for none."""
-        root = yaml.compose(read_yaml_text(file), Loader=yaml.SafeLoader)
-        if isinstance(root, yaml.MappingNode):
-            kept = [(k, v) for k, v in root.value if k.value != "defaults"]
-            self._add_mapping(canonical_path(package), kept, shown_path(file))
+        if file.root is not None:
+            self._add_mapping(canonical_path(package), file.root.value, file.shown)
+
+    def forget(self, path: str) -> None:
+        """Forget what set `path` and all below it; its value was left out."""
+        self._erase(path)
+
+    def copy(self) -> Provenance:
+        """A record of its own that starts with what this one knows."""
+        other = Provenance()
+        other._entries = dict(self._entries)
+        return other
 
     def _add_mapping(self, prefix: str, pairs: list[tuple[Any, Any]], file: str) -> None:
         # Keys written beside a merge (`<<`) win over the merged ones, wherever it stands.
-        for key_node, value_node in sorted(pairs, key=lambda pair: pair[0].tag != _MERGE_TAG):
-            if key_node.tag == _MERGE_TAG:
+        for key_node, value_node in sorted(pairs, key=lambda pair: pair[0].tag != MERGE_TAG):
+            if key_node.tag == MERGE_TAG:
                 merged = (
                     value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
                 )

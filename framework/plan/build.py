@@ -133,7 +133,7 @@ def _locate_all(model: ModelConfig, names: list[str]) -> dict[str, ComponentHead
             headers[name] = locate_headers(
                 _source_of(model, name), spec.components[name].subfolder, revision=model.revision
             )
-            _check_kind(headers[name].place, spec.components[name], model.family)
+            check_kind(headers[name].place, spec.components[name], model.family)
         except SourceError as error:
             own = model.components[name].source is not None
             errors.setdefault(
@@ -146,7 +146,7 @@ def _locate_all(model: ModelConfig, names: list[str]) -> dict[str, ComponentHead
     return headers
 
 
-def _check_kind(place: str, spec: ComponentSpec, family: str) -> None:
+def check_kind(place: str, spec: ComponentSpec, family: str) -> None:
     """Refuse another model before its weights are fetched; what its config doesn't say, the family checks later."""
     key, expected = spec.kind
     found = read_component_config(place).get(key, expected)
@@ -165,6 +165,7 @@ def _as_fault(path: str, error: SourceError) -> Fault:
         path=path,
         message=f"{error.message} ({details})" if details else error.message,
         hint=error.hint,
+        code="file",
     )
 
 

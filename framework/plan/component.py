@@ -80,7 +80,11 @@ class ComponentBuilder:
                     if name in planned
                     else f"{stored.key} has dtype {stored.dtype}"
                 )
-                self._fault("source", f"the checkpoint of {self.name} can't be used: {reason}")
+                self._fault(
+                    "source",
+                    f"the checkpoint of {self.name} can't be used: {reason}",
+                    hint="Give another checkpoint, or fetch this one again.",
+                )
                 continue
             planned[name] = TensorPlan(
                 name=name,
@@ -145,7 +149,8 @@ class ComponentBuilder:
                 "precision",
                 f"fp8 would store no layer of {self.name} in FP8: it has layers of kind {', '.join(kinds) or 'none'}, "
                 f"and fp8.layers is [{','.join(fp8.layers)}]",
-                hint=f"set model.{self.name}.fp8.layers=[{','.join(kinds)}], or model.{self.name}.precision=bf16",
+                hint=f"Set model.{self.name}.fp8.layers=[{','.join(kinds)}], or model.{self.name}.precision=bf16.",
+                code="layer-name",
             )
         return names
 
@@ -158,7 +163,7 @@ class ComponentBuilder:
             return None
         if config.init_from is not None and not Path(config.init_from).expanduser().is_file():
             message = f'the file "{config.init_from}" does not exist'
-            self._fault("lora.init_from", message, hint="correct it, or set it to null")
+            self._fault("lora.init_from", message, hint="Correct it, or set it to null.")
         candidates = {t.layer: t for t in tensors if t.kind in ("linear", "conv")}
         only_linear = all(t.kind == "linear" for t in candidates.values())
         globs = self.spec.lora_targets if config.target_modules is None else config.target_modules
@@ -195,11 +200,13 @@ class ComponentBuilder:
             self._fault(
                 "lora.target_modules",
                 f"{len(wide)} chosen layers are 3-D convolutions, which can't take an adapter: {', '.join(wide[:3])}",
-                hint="choose attention layers (to_qkv, proj) or other 2-D convolutions",
+                hint="Choose attention layers (to_qkv, proj) or other 2-D convolutions.",
+                code="layer-name",
             )
 
-    def _fault(self, key: str, message: str, *, hint: str = "") -> None:
-        self.faults.append(Fault(path=f"model.{self.name}.{key}", message=message, hint=hint))
+    def _fault(self, key: str, message: str, *, hint: str, code: str = "file") -> None:
+        path = f"model.{self.name}.{key}"
+        self.faults.append(Fault(path=path, message=message, hint=hint, code=code))
 
 
 def _has_checkpointing(config: ComponentConfig) -> bool:

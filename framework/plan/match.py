@@ -66,7 +66,10 @@ def select_layers(
                     path=f"{path}[{index}]",
                     message=f'"{glob}" matches 0 of {len(layers)} {what} in {component}',
                     nearest=nearest_layers(glob, layers),
-                    hint=f"correct it, or list all with `octavo plan recipe=... --layers {component}`",
+                    hint=f"Correct it, or list all with `octavo plan recipe=... --layers {component}`.",
+                    code="layer-name",
+                    value=glob,
+                    allowed=f"names of {what} in {component}, endings of them, or globs",
                 )
             )
     return chosen, faults

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, JsonValue
 
 
 class Section(BaseModel):
@@ -11,3 +11,12 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True
     )
+
+
+UNIT = "x-unit"
+"""The JSON Schema keyword under which a number's unit is told."""
+
+
+def unit(name: str, *, examples: list[JsonValue]) -> dict[str, JsonValue]:
+    """Say what a number counts or measures, e.g. "pixels", and show some; for `Field(json_schema_extra=...)`."""
+    return {UNIT: name, "examples": examples}

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, StringConstraints
 
-from framework.schema.base import Section
+from framework.schema.base import Section, unit
 
 Glob = Annotated[str, StringConstraints(min_length=1)]
 Precision = Literal["fp8", "bf16"]
@@ -32,20 +32,32 @@ class Fp8Config(Section):
         ("linear",),
         min_length=1,
         description="Kinds of layers stored in FP8. Norms and biases always stay in bf16.",
+        examples=[["linear", "conv"]],
     )
 
 
 class LoraConfig(Section):
     """A low-rank adapter (Hu et al. 2021, arXiv:2106.09685) on a frozen component; read only with `trainable: lora`."""
 
-    rank: int = Field(16, ge=1, le=4096, description="Inner dimension of the two adapter matrices.")
+    rank: int = Field(
+        16,
+        ge=1,
+        le=4096,
+        description="Inner dimension of the two adapter matrices.",
+        json_schema_extra=unit("columns", examples=[4, 16, 64]),
+    )
     alpha: float = Field(
         16.0,
         gt=0,
         description="The adapter's output is scaled by alpha / rank (alpha / sqrt(rank) with rsLoRA).",
+        examples=[32.0],
     )
     dropout: float = Field(
-        0.0, ge=0, lt=1, description="Probability of dropping an adapter input while training."
+        0.0,
+        ge=0,
+        lt=1,
+        description="Probability of dropping an adapter input while training.",
+        json_schema_extra=unit("probability", examples=[0.05]),
     )
     target_modules: tuple[Glob, ...] | None = Field(
         None,
@@ -60,7 +72,9 @@ class LoraConfig(Section):
         False, description="Weight-decomposed adapter (Liu et al. 2024, arXiv:2402.09353)."
     )
     init_from: str | None = Field(
-        None, description="A LoRA `.safetensors` file to start from; rank and layers must agree."
+        None,
+        description="A LoRA `.safetensors` file to start from; rank and layers must agree.",
+        examples=["outputs/pocket_lora/001/lora.safetensors"],
     )
 
 
@@ -75,7 +89,9 @@ class ComponentConfig(Section):
         "none", description="Nothing, a LoRA on frozen weights, or every weight."
     )
     source: str | None = Field(
-        None, description="Folder or hub id for this component alone; unset means `model.source`."
+        None,
+        description="Folder or hub id for this component alone; unset means `model.source`.",
+        examples=["Qwen/Qwen-Image", "models/my-transformer"],
     )
     fp8: Fp8Config = Field(default_factory=Fp8Config, description="Details of FP8 storage.")
     lora: LoraConfig | None = Field(
@@ -99,11 +115,16 @@ class QwenImageConfig(Section):
     family: Literal["qwen_image"] = Field(
         description="Model family; decides the components and how they are called."
     )
-    source: str = Field(min_length=1, description="Hub id such as `Qwen/Qwen-Image`, or a folder.")
+    source: str = Field(
+        min_length=1,
+        description="Hub id such as `Qwen/Qwen-Image`, or a folder.",
+        examples=["Qwen/Qwen-Image", "assets/pocket"],
+    )
     revision: str = Field(
         "main",
         min_length=1,
         description="Hub branch, tag or commit; the commit it stood for is written to the run folder.",
+        examples=["main", "v1.0"],
     )
     compute_dtype: ComputeDtype = Field(
         "bf16", description="Number format of the arithmetic. Parameters that train are float32."
@@ -112,6 +133,7 @@ class QwenImageConfig(Section):
         "auto",
         pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
         description="`auto` takes a GPU if there is one; or cpu, cuda, cuda:N, mps.",
+        examples=["auto", "cpu", "cuda:1"],
     )
     dit: DitConfig = Field(default_factory=DitConfig, description="The diffusion transformer.")
     text_encoder: ComponentConfig = Field(

@@ -5,64 +5,27 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from functools import cache
-from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any
 
 from pydantic import BaseModel
 
-# What other trainers call a key of ours, for people who come from there.
-_ELSEWHERE = {
-    "learning_rate": "optim.lr",
-    "lr_scheduler": "optim.schedule",
-    "lr_warmup_steps": "optim.warmup_steps",
-    "optimizer": "optim.name",
-    "optimizer_type": "optim.name",
-    "train_batch_size": "data.batch_size",
-    "resolution": "data.max_px",
-    "image_dir": "data.path",
-    "train_data_dir": "data.path",
-    "instance_data_dir": "data.path",
-    "pretrained_model_name_or_path": "model.source",
-    "mixed_precision": "model.compute_dtype",
-    "gradient_accumulation_steps": "trainer.accumulate_grad_batches",
-    "max_grad_norm": "trainer.gradient_clip_val",
-    "max_train_steps": "trainer.max_steps",
-    "num_train_epochs": "trainer.max_steps",
-    "epochs": "trainer.max_steps",
-    "lora_rank": "model.dit.lora.rank",
-    "lora_alpha": "model.dit.lora.alpha",
-    "network_dim": "model.dit.lora.rank",
-    "network_alpha": "model.dit.lora.alpha",
-    "checkpointing_steps": "checkpoint.every_n_steps",
-    "resume_from_checkpoint": "checkpoint.resume",
-    "validation_prompt": "sample.prompts",
-    "output_path": "run.output_dir",
-    "save_dir": "run.output_dir",
-    "transformer": "model.dit",
-    "unet": "model.dit",
-}
+from framework.schema.wording import section_class, slot_at
+
+__all__ = [
+    "field_annotation",
+    "known_paths",
+    "nearest_paths",
+    "section_class",
+    "sorted_by_nearness",
+]
+
 _NUM_NEAREST = 3
-
-
-def section_class(annotation: Any) -> type[BaseModel] | None:
-    """The section behind an annotation such as `LoraConfig | None`; None where it is a plain value."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if get_origin(annotation) in (Union, UnionType, Annotated):
-        found = (section_class(argument) for argument in get_args(annotation))
-        return next((section for section in found if section is not None), None)
-    return None
 
 
 def field_annotation(root: type[BaseModel], pieces: Sequence[str | int]) -> Any:
     """Annotation of the key at `pieces`, e.g. ("model", "dit"); None where the schema has no such key."""
-    annotation: Any = root
-    for piece in pieces:
-        section = section_class(annotation)
-        if section is None or piece not in section.model_fields:
-            return None
-        annotation = section.model_fields[str(piece)].annotation
-    return annotation
+    slot = slot_at(root, tuple(pieces))
+    return None if slot is None else slot.annotation
 
 
 @cache
@@ -77,22 +40,55 @@ def known_paths(root: type[BaseModel]) -> tuple[str, ...]:
     return tuple(paths)
 
 
-def nearest_paths(root: type[BaseModel], path: str) -> tuple[str, ...]:
+def nearest_paths(
+    root: type[BaseModel], path: str, *, below: Sequence[str] = ()
+) -> tuple[str, ...]:
     """Valid dotted paths that `path` was probably meant to be, best first, at most three.
 
-    Considered in turn: a slip of the pen in the same section, a path cut short at the front, the same key in another
-    section, another trainer's name for it, a slip anywhere.
+    below: keys that were written below `path`; a section that has them all was probably meant.
+    Considered in turn: a slip of the pen in the same section, slips in the sections around it, a path cut short at the
+    front, the same key in another section, a bad slip in the same section, a section with the keys that stand below, a
+    slip anywhere.
     """
     paths = known_paths(root)
     parent, _, name = path.rpartition(".")
+    lowered = name.lower().replace("-", "_")
     siblings = {p.rpartition(".")[2]: p for p in paths if p.rpartition(".")[0] == parent}
-    found = [siblings[close] for close in difflib.get_close_matches(name, siblings, cutoff=0.6)]
+    found = [siblings[close] for close in difflib.get_close_matches(lowered, siblings, cutoff=0.85)]
+    found += _slips_on_the_way(root, path)
     found += [p for p in paths if p.endswith(f".{path}")]
-    found += [p for p in paths if p.rpartition(".")[2] == name]
-    found += [_ELSEWHERE[name]] if _ELSEWHERE.get(name) in paths else []
+    same = [p for p in paths if p.rpartition(".")[2] == lowered]
+    found += sorted(same, key=lambda p: not p.startswith(f"{parent}."))
+    found += [siblings[close] for close in difflib.get_close_matches(lowered, siblings, cutoff=0.6)]
+    if not found and len(below) > 1:
+        found = [p for p in paths if {f"{p}.{key}" for key in below} <= set(paths)]
     if not found:
-        found = difflib.get_close_matches(path, paths, n=_NUM_NEAREST, cutoff=0.75)
+        # Names in the same section have been compared, and the sections around the path aren't what was meant.
+        others = [p for p in paths if p.rpartition(".")[0] != parent and not path.startswith(p)]
+        found = difflib.get_close_matches(path, others, n=_NUM_NEAREST, cutoff=0.75)
     if not found:
         by_name = {p.rpartition(".")[2]: p for p in reversed(paths)}
-        found = [by_name[close] for close in difflib.get_close_matches(name, by_name, cutoff=0.75)]
+        close = difflib.get_close_matches(lowered, by_name, cutoff=0.75)
+        found = [by_name[name] for name in close]
     return tuple(dict.fromkeys(found))[:_NUM_NEAREST]
+
+
+def _slips_on_the_way(root: type[BaseModel], path: str) -> list[str]:
+    """The path with misspelt sections corrected, e.g. model.text_encoder.precision for model.txt_encoder.precison."""
+    section: type[BaseModel] | None = root
+    corrected: list[str] = []
+    for piece in path.split("."):
+        if section is None:
+            return []
+        close = difflib.get_close_matches(piece.lower(), section.model_fields, n=1, cutoff=0.7)
+        if not close:
+            return []
+        corrected.append(close[0])
+        section = section_class(section.model_fields[close[0]].annotation)
+    return [".".join(corrected)] if corrected[:-1] != path.split(".")[:-1] else []
+
+
+def sorted_by_nearness(name: str, names: Sequence[str]) -> list[str]:
+    """The names with those that resemble `name` first; the rest stays in its order."""
+    close = difflib.get_close_matches(name.lower(), names, n=len(names) or 1, cutoff=0.6)
+    return [*close, *(other for other in names if other not in close)]

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from framework.schema.base import Section
+from framework.schema.base import Section, unit
 from framework.schema.model import ModelConfig
 
 OptimizerName = Literal[
@@ -22,25 +22,45 @@ class DataConfig(Section):
     path: str = Field(
         min_length=1,
         description="A folder of pictures (captions in .txt files or a metadata file), or a .csv, .jsonl or .parquet file.",
+        examples=["data/pictures", "data/pictures/metadata.csv"],
     )
     batch_size: int = Field(
-        1, ge=1, description="Pictures per device and micro-step; all of one batch share a size."
+        1,
+        ge=1,
+        description="Pictures per device and micro-step; all of one batch share a size.",
+        json_schema_extra=unit("pictures", examples=[1, 8]),
     )
     max_px: int = Field(
         1024 * 1024,
         ge=256,
         description="Pixel budget of a picture (width x height); aspect-ratio buckets keep below it.",
+        json_schema_extra=unit("pixels", examples=[65536, 1048576]),
     )
     max_aspect_ratio: float = Field(
         2.0,
         ge=1,
         description="Longest allowed side ratio of a bucket; wider pictures are cropped to it.",
+        json_schema_extra=unit("longer side / shorter side", examples=[1.0, 2.0]),
     )
-    repeats: int = Field(1, ge=1, description="How often each picture stands in one epoch.")
+    repeats: int = Field(
+        1,
+        ge=1,
+        description="How often each picture stands in one epoch.",
+        json_schema_extra=unit("times", examples=[10]),
+    )
     caption_dropout: float = Field(
-        0.0, ge=0, le=1, description="Probability of training a picture with an empty caption."
+        0.0,
+        ge=0,
+        le=1,
+        description="Probability of training a picture with an empty caption.",
+        json_schema_extra=unit("probability", examples=[0.1]),
     )
-    num_workers: int = Field(0, ge=0, description="Processes that read pictures.")
+    num_workers: int = Field(
+        0,
+        ge=0,
+        description="Processes that read pictures.",
+        json_schema_extra=unit("processes", examples=[4]),
+    )
     on_bad_sample: Literal["error", "skip"] = Field(
         "error",
         description="A picture that can't be read stops the run before it starts, or is skipped and counted.",
@@ -53,6 +73,7 @@ class DataConfig(Section):
         ".octavo/cache",
         min_length=1,
         description="Where encoded pictures and captions are kept; runs share it.",
+        examples=[".octavo/cache", "/scratch/octavo-cache"],
     )
 
 
@@ -65,14 +86,20 @@ class ObjectiveConfig(Section):
         description="How noise levels are drawn (Esser et al. 2024, arXiv:2403.03206, section 3.1).",
     )
     logit_mean: float = Field(
-        0.0, description="Mean of the logit-normal distribution; higher means noisier."
+        0.0,
+        description="Mean of the logit-normal distribution; higher means noisier.",
+        json_schema_extra=unit("log-odds of the noise level", examples=[0.0, 0.5]),
     )
     logit_std: float = Field(
-        1.0, gt=0, description="Standard deviation of the logit-normal distribution."
+        1.0,
+        gt=0,
+        description="Standard deviation of the logit-normal distribution.",
+        json_schema_extra=unit("log-odds of the noise level", examples=[1.0]),
     )
     shift: Literal["scheduler"] | Annotated[float, Field(gt=0)] = Field(
         "scheduler",
         description="Moves noise levels towards 1: a factor (1 = none), or as the checkpoint's scheduler config says for the picture's size.",
+        json_schema_extra=unit("factor", examples=["scheduler", 1.0, 3.0]),
     )
     loss: Literal["mse", "huber"] = Field(
         "mse", description="Distance between prediction and target."
@@ -81,6 +108,7 @@ class ObjectiveConfig(Section):
         0.1,
         gt=0,
         description="Where the Huber loss turns from square to linear; read only with `loss: huber`.",
+        json_schema_extra=unit("difference of prediction and target", examples=[0.1]),
     )
     weighting: Literal["none", "sigma_sqrt", "cosmap"] = Field(
         "none",
@@ -90,6 +118,7 @@ class ObjectiveConfig(Section):
         1e-6,
         ge=0,
         description="Weight of the KL term where the VAE trains (on reconstruction; Kingma & Welling 2013, arXiv:1312.6114).",
+        json_schema_extra=unit("factor", examples=[1e-6]),
     )
 
 
@@ -97,7 +126,11 @@ class EmaConfig(Section):
     """An exponential moving average of the weights that train; samples, validation and the saved result use it."""
 
     decay: float = Field(
-        0.999, gt=0, lt=1, description="Share of the average that each step keeps."
+        0.999,
+        gt=0,
+        lt=1,
+        description="Share of the average that each step keeps.",
+        json_schema_extra=unit("share", examples=[0.999, 0.9999]),
     )
 
 
@@ -108,18 +141,31 @@ class OptimConfig(Section):
         "adamw",
         description="torch's optimizers; *_8bit need bitsandbytes, prodigy needs prodigyopt.",
     )
-    lr: float = Field(1e-4, gt=0, lt=10, description="Peak learning rate.")
+    lr: float = Field(
+        1e-4,
+        gt=0,
+        lt=10,
+        description="Peak learning rate.",
+        examples=[1e-4, 5e-5],
+    )
     betas: (
         tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] | None
     ) = Field(
         None,
         description="Decay of the moment estimates, for optimizers of the Adam kind; unset means the optimizer's own.",
+        json_schema_extra=unit("share", examples=[[0.9, 0.999]]),
     )
     weight_decay: float = Field(
-        0.01, ge=0, description="Decoupled weight decay where the optimizer has it."
+        0.01,
+        ge=0,
+        description="Decoupled weight decay where the optimizer has it.",
+        examples=[0.0, 0.01],
     )
     warmup_steps: int = Field(
-        0, ge=0, description="Steps over which the rate rises linearly from 0."
+        0,
+        ge=0,
+        description="Steps over which the rate rises linearly from 0.",
+        json_schema_extra=unit("optimizer steps", examples=[100]),
     )
     schedule: Literal["constant", "cosine", "linear"] = Field(
         "constant",
@@ -133,27 +179,55 @@ class OptimConfig(Section):
 class TrainerConfig(Section):
     """How long and on what the run trains."""
 
-    max_steps: int = Field(1000, ge=1, description="Optimizer steps.")
+    max_steps: int = Field(
+        1000,
+        ge=1,
+        description="Optimizer steps.",
+        json_schema_extra=unit("optimizer steps", examples=[2000]),
+    )
     accumulate_grad_batches: int = Field(
-        1, ge=1, description="Micro-steps whose gradients are averaged into one optimizer step."
+        1,
+        ge=1,
+        description="Micro-steps whose gradients are averaged into one optimizer step.",
+        json_schema_extra=unit("micro-steps", examples=[4]),
+    )
+    global_batch_size: int | None = Field(
+        None,
+        ge=1,
+        description="Pictures per optimizer step over all processes. It sets nothing: where it is given, it must equal `data.batch_size` x `accumulate_grad_batches` x `devices` x `num_nodes`.",
+        json_schema_extra=unit("pictures", examples=[64]),
     )
     gradient_clip_val: float | None = Field(
-        1.0, gt=0, description="Largest gradient norm; null turns clipping off."
+        1.0,
+        gt=0,
+        description="Largest gradient norm; null turns clipping off.",
+        json_schema_extra=unit("L2 norm of the gradient", examples=[1.0]),
     )
     devices: int = Field(
-        1, ge=1, description="Processes (one per GPU, or CPU processes with `strategy: ddp`)."
+        1,
+        ge=1,
+        description="Processes (one per GPU, or CPU processes with `strategy: ddp`).",
+        json_schema_extra=unit("processes", examples=[1, 8]),
     )
-    num_nodes: int = Field(1, ge=1, description="Machines.")
+    num_nodes: int = Field(
+        1, ge=1, description="Machines.", json_schema_extra=unit("machines", examples=[1, 2])
+    )
     strategy: Literal["auto", "ddp"] = Field(
         "auto",
         description="`ddp` averages gradients over processes; `auto` is one process, or ddp with several.",
     )
-    log_every_n_steps: int = Field(10, ge=1, description="Optimizer steps between log rows.")
+    log_every_n_steps: int = Field(
+        10,
+        ge=1,
+        description="Optimizer steps between log rows.",
+        json_schema_extra=unit("optimizer steps", examples=[10]),
+    )
     seed: int = Field(
         42,
         ge=0,
         lt=2**32,
         description="Seeds adapter initialisation, data order, noise and dropout.",
+        examples=[42],
     )
 
 
@@ -164,12 +238,19 @@ class CheckpointConfig(Section):
         500,
         ge=1,
         description="Optimizer steps between checkpoints; one is also written at the last step.",
+        json_schema_extra=unit("optimizer steps", examples=[500]),
     )
-    keep_last: int = Field(2, ge=1, description="How many checkpoints of the run are kept.")
+    keep_last: int = Field(
+        2,
+        ge=1,
+        description="How many checkpoints of the run are kept.",
+        json_schema_extra=unit("checkpoints", examples=[2]),
+    )
     resume: str = Field(
         "auto",
         min_length=1,
         description="`auto` goes on with an unfinished run of the same configuration, `never` starts anew, a path names a run folder or a .ckpt file.",
+        examples=["auto", "never", "outputs/pocket_lora/001"],
     )
 
 
@@ -177,23 +258,42 @@ class SampleConfig(Section):
     """Pictures made before, during and after training, always from the same noise."""
 
     prompts: tuple[str, ...] = Field(
-        (), description="One picture per prompt; empty means no samples."
+        (),
+        description="One picture per prompt; empty means no samples.",
+        examples=[["red apple", "a cabin beside a lake"]],
     )
-    negative_prompt: str = Field(" ", description="What guidance leads away from.")
+    negative_prompt: str = Field(
+        " ", description="What guidance leads away from.", examples=["", "blurry, low quality"]
+    )
     every_n_steps: int = Field(
-        0, ge=0, description="Optimizer steps between samples; 0 means only before and after."
+        0,
+        ge=0,
+        description="Optimizer steps between samples; 0 means only before and after.",
+        json_schema_extra=unit("optimizer steps", examples=[500]),
     )
-    num_inference_steps: int = Field(30, ge=1, description="Denoising steps.")
+    num_inference_steps: int = Field(
+        30,
+        ge=1,
+        description="Denoising steps.",
+        json_schema_extra=unit("denoising steps", examples=[20, 50]),
+    )
     guidance_scale: float = Field(
         4.0,
         ge=1,
         description="Classifier-free guidance (arXiv:2207.12598); 1 turns it off and halves the work.",
+        json_schema_extra=unit("factor", examples=[1.0, 4.0]),
     )
     seed: int = Field(
-        0, ge=0, lt=2**32, description="Seed of the first prompt's noise; prompt i uses seed + i."
+        0,
+        ge=0,
+        lt=2**32,
+        description="Seed of the first prompt's noise; prompt i uses seed + i.",
+        examples=[0],
     )
     size_px: tuple[Annotated[int, Field(ge=16)], Annotated[int, Field(ge=16)]] = Field(
-        (1024, 1024), description="Width and height."
+        (1024, 1024),
+        description="Width and height.",
+        json_schema_extra=unit("pixels", examples=[[64, 64], [1328, 1328]]),
     )
 
 
@@ -201,25 +301,46 @@ class ValidationConfig(Section):
     """Loss on a held-out part of the data, at fixed noise levels and noise, so that its values can be compared."""
 
     fraction: float = Field(
-        0.0, ge=0, le=0.5, description="Share of the pictures held out; 0 turns validation off."
+        0.0,
+        ge=0,
+        le=0.5,
+        description="Share of the pictures held out; 0 turns validation off.",
+        json_schema_extra=unit("share of the pictures", examples=[0.05]),
     )
-    every_n_steps: int = Field(500, ge=1, description="Optimizer steps between validations.")
-    max_samples: int = Field(64, ge=1, description="At most this many held-out pictures are used.")
+    every_n_steps: int = Field(
+        500,
+        ge=1,
+        description="Optimizer steps between validations.",
+        json_schema_extra=unit("optimizer steps", examples=[500]),
+    )
+    max_samples: int = Field(
+        64,
+        ge=1,
+        description="At most this many held-out pictures are used.",
+        json_schema_extra=unit("pictures", examples=[64]),
+    )
     sigmas: tuple[Sigma, ...] = Field(
         (0.1, 0.3, 0.5, 0.7, 0.9),
         min_length=1,
         description="Noise levels at which each picture is judged.",
+        json_schema_extra=unit("noise level, 0 clean to 1 noise", examples=[[0.25, 0.5, 0.75]]),
     )
     seed: int = Field(
-        0, ge=0, lt=2**32, description="Chooses the held-out pictures and their noise."
+        0,
+        ge=0,
+        lt=2**32,
+        description="Chooses the held-out pictures and their noise.",
+        examples=[0],
     )
 
 
 class WandbConfig(Section):
     """Weights & Biases; needs the extra `wandb`."""
 
-    project: str = Field(min_length=1, description="Project that the run is shown in.")
-    entity: str | None = Field(None, description="Team or user.")
+    project: str = Field(
+        min_length=1, description="Project that the run is shown in.", examples=["my-styles"]
+    )
+    entity: str | None = Field(None, description="Team or user.", examples=["my-team"])
     mode: Literal["online", "offline"] = Field(
         "online", description="`offline` writes files to upload later."
     )
@@ -239,8 +360,14 @@ class RunSection(Section):
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
         description="Name of the run; its folder is `<output_dir>/<name>/<number>`.",
+        examples=["pocket_lora", "ink-v2"],
     )
-    output_dir: str = Field("outputs", min_length=1, description="Folder of all runs.")
+    output_dir: str = Field(
+        "outputs",
+        min_length=1,
+        description="Folder of all runs.",
+        examples=["outputs", "/scratch/runs"],
+    )
 
 
 class RunConfig(Section):

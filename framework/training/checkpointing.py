@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import lightning.pytorch as pl
 
-from framework.errors import RunError
+from framework.errors import RunStopped
 from framework.schema import CheckpointConfig
 from framework.training.checkpoint_io import checkpoint_name, prune_checkpoints
 from framework.training.run_folder import CHECKPOINT_FOLDER
@@ -20,6 +21,7 @@ class CheckpointCallback(pl.Callback):
 
     Only between optimizer steps, so that no gradient is half accumulated. When the process is asked to end
     (SIGTERM), the step is completed, its checkpoint is written and the run stops.
+    on_saved: called on the first process after each checkpoint.
     """
 
     def __init__(self, config: CheckpointConfig) -> None:
@@ -27,6 +29,7 @@ class CheckpointCallback(pl.Callback):
         self._last_step = 0
         self._asked_to_end = False
         self.run_dir: Path | None = None
+        self.on_saved: Callable[[], None] = lambda: None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """A run that goes on has the checkpoint of its step already."""
@@ -48,7 +51,7 @@ class CheckpointCallback(pl.Callback):
         if due or self._asked_to_end:
             self._save(trainer, step)
         if self._asked_to_end and step < trainer.max_steps:
-            raise RunError(
+            raise RunStopped(
                 f"the run was asked to end (SIGTERM) and stopped after step {step}",
                 hint="the same command goes on from there",
             )
@@ -65,4 +68,5 @@ class CheckpointCallback(pl.Callback):
         folder = self.run_dir / CHECKPOINT_FOLDER
         trainer.save_checkpoint(folder / checkpoint_name(step))
         if trainer.is_global_zero:
+            self.on_saved()
             prune_checkpoints(folder, self._config.keep_last)

@@ -30,6 +30,7 @@ from framework.models.base import evaluating
 from framework.plan.types import VramPlan
 from framework.runtime.residency import Residency
 from framework.schema import RunConfig
+from framework.training.encode_lock import encoding_alone
 from framework.training.fingerprint import read_encoder_identity
 from framework.training.progress import show_work
 
@@ -127,22 +128,34 @@ class DiffusionDataModule(pl.LightningDataModule):
     def encode(self, residency: Residency) -> None:
         """Encode what the cache lacks: pictures, captions, prompts; the processes share the work.
 
-        The encoders are loaded only where something is missing, and stay loaded until the next phase.
+        The encoders are loaded only where something is missing, and stay loaded until the next phase. Of several runs
+        that lack the same, one encodes and the others wait for it.
         """
         trainer = self.trainer
         assert trainer is not None
+        strategy, rank, world = trainer.strategy, trainer.global_rank, trainer.world_size
+        pictures, texts = self._missing()
+        if not strategy.reduce_boolean_decision(bool(pictures or texts), all=False):
+            return
+        encoders = [e for e in (self._encoded.latents_encoder, self._prompt_encoder) if e]
+        folder = self._encoded.cache.folder
+        with encoding_alone(folder, encoders, strategy=strategy, is_first=rank == 0):
+            pictures, texts = self._missing()  # another run may have been here
+            # Nobody may write before everybody has seen what is missing, or the shares would differ.
+            strategy.barrier("missing entries")
+            if pictures or texts:
+                residency.enter("encode")
+                self._encode_pictures(residency, pictures[rank::world], show=rank == 0)
+                self._encode_texts(residency, texts[rank::world], show=rank == 0)
+            strategy.barrier("encoded entries")
+
+    def _missing(self) -> tuple[list[tuple[TrainingDataset, int]], list[str]]:
+        """What the cache lacks: pictures as (set, index), and captions and prompts, each once."""
         sets = [s for s in (self.train_set, self.validation_set) if s is not None]
         pictures = [(data, index) for data in sets for index in data.missing_latents()]
         texts = dict.fromkeys(c for data in sets for c in data.missing_captions())
         texts.update(dict.fromkeys(self._missing_prompts()))
-        # Nobody may write before everybody has seen what is missing, or the shares would differ.
-        trainer.strategy.barrier("missing entries")
-        if pictures or texts:
-            residency.enter("encode")
-            rank, world = trainer.global_rank, trainer.world_size
-            self._encode_pictures(residency, pictures[rank::world], show=rank == 0)
-            self._encode_texts(residency, list(texts)[rank::world], show=rank == 0)
-            trainer.strategy.barrier("encoded entries")
+        return pictures, list(texts)
 
     def _encode_pictures(
         self, residency: Residency, pictures: list[tuple[TrainingDataset, int]], *, show: bool

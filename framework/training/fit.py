@@ -17,7 +17,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from framework.errors import ConfigError, Fault, RunError
+from framework.errors import ConfigError, Fault, RunError, RunStopped
 from framework.inference.generate import load_family_extras
 from framework.models import get_family
 from framework.plan.build import build_run_plan
@@ -127,7 +127,7 @@ def _translated_errors() -> Iterator[None]:
         yield
     except SIGTERMException as error:
         hint = "the same command goes on from the last checkpoint"
-        raise RunError("the run was asked to end (SIGTERM)", hint=hint) from error
+        raise RunStopped("the run was asked to end (SIGTERM)", hint=hint) from error
     except torch.OutOfMemoryError as error:
         raise RunError(
             "the device's memory is full",
@@ -198,13 +198,13 @@ def _check_processes(config: RunConfig, device: torch.device) -> None:
     wanted = config.trainer.devices
     if wanted > 1 and ":" in config.model.device:
         message = f"{wanted} processes can't share {config.model.device}"
-        hint = "set model.device=cuda, or trainer.devices=1"
-        raise ConfigError([Fault("trainer.devices", message, hint=hint)])
+        hint = "Set model.device=cuda, or trainer.devices=1."
+        raise ConfigError([Fault("trainer.devices", message, hint=hint, code="rule")])
     available = {"cuda": torch.cuda.device_count(), "mps": 1}.get(device.type, wanted)
     if wanted > available:
         message = f"{wanted} processes need as many devices; this machine has {available}"
-        hint = f"set trainer.devices={available}"
-        raise ConfigError([Fault("trainer.devices", message, hint=hint)])
+        hint = f"Set trainer.devices={available}."
+        raise ConfigError([Fault("trainer.devices", message, hint=hint, code="rule")])
 
 
 @contextmanager

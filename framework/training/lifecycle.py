@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from framework.training.checkpointing import CheckpointCallback
 from framework.training.memory import peak_memory_bytes
 from framework.training.metrics import MetricsCallback
 from framework.training.results import RunResult, save_results
-from framework.training.run_folder import RunFolder, RunStart
+from framework.training.run_folder import RunFolder, RunStart, read_state
 from framework.training.run_log import build_loggers
 from framework.training.sampling import SampleCallback, write_sheet
 
@@ -50,6 +51,8 @@ class RunLifecycle(pl.Callback):
         self._metrics = metrics
         self._writers = writers
         self._folder: RunFolder | None = None
+        self._began = time.monotonic()
+        self._seconds_before = 0.0
         self.run_dir: Path | None = None
         self.result: RunResult | None = None
 
@@ -57,6 +60,7 @@ class RunLifecycle(pl.Callback):
         """Claim and describe the folder; all samples have been checked by now."""
         if trainer.is_global_zero:
             self._folder = RunFolder.claim(self._start)
+            self._seconds_before = float(read_state(self._folder.path).get("seconds", 0.0))
             self._describe(self._folder)
             if self._start.checkpoint is not None:
                 log.info("going on from %s in %s", self._start.checkpoint, self._folder.path)
@@ -64,6 +68,7 @@ class RunLifecycle(pl.Callback):
         self.run_dir = Path(str(trainer.strategy.broadcast(path, src=0)))
         for writer in self._writers:
             writer.run_dir = self.run_dir
+        self._writers[1].on_saved = self._note_time
         trainer.loggers = build_loggers(
             self._config, self.run_dir, resume_step=self._start.resume_step
         )
@@ -85,7 +90,9 @@ class RunLifecycle(pl.Callback):
         if self._folder is not None:
             lora, model = save_results(module, self.run_dir, steps=trainer.global_step)
             sheet = write_sheet(self.run_dir, self._config.sample.prompts)
-            self._folder.write_state(state="finished", step=trainer.global_step)
+            self._folder.write_state(
+                state="finished", step=trainer.global_step, seconds=self._seconds()
+            )
         self.result = RunResult(
             run_dir=self.run_dir,
             steps=trainer.global_step,
@@ -97,6 +104,14 @@ class RunLifecycle(pl.Callback):
             peak_memory_bytes=peak_memory_bytes(trainer.strategy.root_device),
             is_first_process=self._folder is not None,
         )
+
+    def _seconds(self) -> float:
+        """Time that the run has taken over all its starts; what was lost after a checkpoint isn't counted."""
+        return round(self._seconds_before + time.monotonic() - self._began, 1)
+
+    def _note_time(self) -> None:
+        if self._folder is not None:
+            self._folder.write_state(seconds=self._seconds())
 
     def release(self) -> None:
         """Give the folder's lock back."""

@@ -37,6 +37,7 @@ _FREE_KEYS = (
     ("checkpoint", "resume"),
     ("run", "output_dir"),
     ("trainer", "log_every_n_steps"),
+    ("trainer", "global_batch_size"),
     ("logger",),
 )
 _PACKAGES = ("torch", "lightning", "diffusers", "transformers", "peft")

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from framework.schema.reference import iter_sections, render_reference
-from framework.schema.run import RunConfig
+from framework.schema.reference import render_reference
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(
@@ -19,13 +18,6 @@ PAGES = sorted(
 def test_the_page_of_keys_is_fresh() -> None:
     stale = "run `octavo schema --format markdown > docs/config.md`"
     assert (ROOT / "docs" / "config.md").read_text() == render_reference(), stale
-
-
-def test_every_key_is_described() -> None:
-    for path, section in iter_sections("", RunConfig):
-        assert section.__doc__, path
-        for name, field in section.model_fields.items():
-            assert field.description, f"{path}.{name}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -12,7 +12,8 @@ SOURCES = sorted((ROOT / "framework").rglob("*.py"))
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
 MAX_PARAMETERS = 7
-TORCH_FREE = ("errors.py", "hub.py", "inventory.py", "compose.py", "schema", "plan", "compose")
+TORCH_FREE = ("errors.py", "hub.py", "inventory.py", "schema", "plan", "compose", "judge", "sweep")
+HYDRA_PLACES = ("compose", "sweep/launchers.py")
 
 
 def imported_modules(tree: ast.Module) -> set[str]:
@@ -47,10 +48,10 @@ def test_files_and_functions_stay_small(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_hydra_is_imported_in_one_place_and_torch_stays_out_of_the_plan(path: Path) -> None:
+def test_hydra_is_imported_in_two_places_and_torch_stays_out_of_the_plan(path: Path) -> None:
     inside = path.relative_to(ROOT / "framework").parts
     imported = imported_modules(ast.parse(path.read_text()))
-    if inside[0] not in {"compose.py", "compose"}:
+    if not "/".join(inside).startswith(HYDRA_PLACES):
         assert not imported & {"hydra", "omegaconf"}
     if inside[0] in TORCH_FREE:
         assert not imported & {"torch", "lightning", "diffusers", "transformers", "peft"}

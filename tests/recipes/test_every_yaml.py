@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import yaml
 
-from framework.compose import compose_run
+from framework.compose import Composition, compose_run, read_sweep
 from framework.plan.build import build_run_plan
 from framework.schema import RunConfig
 from framework.schema.names import known_paths
@@ -18,10 +19,19 @@ from framework.schema.validate import validate
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 CONF = sorted((ROOT / "conf").rglob("*.yaml"))
-OPTIONS = [path for path in CONF if path.parent != ROOT / "conf"]
+# Those of conf/hydra/ belong to sweeps; tests/architecture/test_schemas.py holds them against their schema.
+OPTIONS = [
+    p for p in CONF if p.parent != ROOT / "conf" and ROOT / "conf" / "hydra" not in p.parents
+]
 # What an option of a group leaves to the user, so that it can be judged as a whole.
 GIVEN = ["data.path=pictures"]
 MAX_COLUMNS = 120
+
+
+def composed(overrides: Sequence[str]) -> Composition:
+    composition = compose_run(overrides)
+    assert composition.faults == ()
+    return composition
 
 
 def name_of(path: Path) -> str:
@@ -49,7 +59,7 @@ def test_the_walk_finds_files() -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
 def test_a_recipe_is_valid_and_warns_of_nothing(path: Path) -> None:
-    composition = compose_run([f"recipe={recipe_of(path)}", *GIVEN])
+    composition = composed([f"recipe={recipe_of(path)}", *GIVEN])
     config, warnings = validate(composition.values, composition.where)
     assert warnings == []
     assert config.run.name == path.stem
@@ -66,7 +76,7 @@ def test_a_recipe_says_how_to_use_it(path: Path) -> None:
         line.partition(":")[2].strip() for line in header if line.startswith("# Worth trying:")
     )
     assert max(len(line) for line in text.splitlines()) <= MAX_COLUMNS
-    compose_run([f"recipe={recipe_of(path)}", *GIVEN, override])
+    composed([f"recipe={recipe_of(path)}", *GIVEN, override])
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=name_of)
@@ -74,7 +84,7 @@ def test_a_recipe_is_planned_where_its_checkpoint_is_here(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(ROOT)
-    composition = compose_run([f"recipe={recipe_of(path)}", *GIVEN])
+    composition = composed([f"recipe={recipe_of(path)}", *GIVEN])
     config, _ = validate(composition.values, composition.where)
     if not Path(config.model.source, "transformer", "config.json").is_file():
         pytest.skip(f"{config.model.source} is not on this disk")
@@ -89,7 +99,7 @@ def test_an_option_of_a_group_is_valid(path: Path, monkeypatch: pytest.MonkeyPat
     )  # extras needn't be installed
     group = path.parent.relative_to(ROOT / "conf").as_posix()
     given = ["logger.wandb.project=x"] if path.stem == "wandb" else []
-    composition = compose_run(["recipe=pocket_lora", f"{group}={path.stem}", *GIVEN, *given])
+    composition = composed(["recipe=pocket_lora", f"{group}={path.stem}", *GIVEN, *given])
     validate(composition.values, composition.where)
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
     written = [f"{group}.{leaf}" for leaf in leaves(values)]
@@ -106,13 +116,13 @@ def test_the_root_configuration_puts_the_recipe_last() -> None:
 @pytest.mark.parametrize("recipe", [recipe_of(path) for path in RECIPES])
 def test_fp8_can_be_asked_of_a_recipe_on_the_command_line(recipe: str) -> None:
     overrides = [f"recipe={recipe}", *GIVEN, "model.dit.precision=fp8", "model.dit.trainable=lora"]
-    composition = compose_run(overrides)
+    composition = composed(overrides)
     config, _ = validate(composition.values, composition.where)
     assert config.model.dit.precision == "fp8"
 
 
 def test_a_lora_recipe_becomes_a_full_one_by_overrides() -> None:
-    composition = compose_run(
+    composition = composed(
         ["recipe=pocket_lora", "model.dit.trainable=full", "model.dit.precision=bf16"]
     )
     config, warnings = validate(composition.values, composition.where)
@@ -125,8 +135,8 @@ COMMANDS = sorted(
         match[1]
         for path in [*RECIPES, ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
         for match in re.finditer(
-            r"^#?\s+(?:Run:\s+)?(?:python train\.py|octavo plan) (recipe=.*)$",
-            path.read_text(encoding="utf-8"),
+            r"^#?\s+(?:Run:\s+)?(?:python train\.py|octavo plan|octavo train) (?:-m )?(recipe=.*)$",
+            re.sub(r"\\\n\s*", "", path.read_text(encoding="utf-8")),
             re.MULTILINE,
         )
     }
@@ -140,12 +150,17 @@ def test_commands_are_found_in_pages_and_recipes() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_in_a_page_or_recipe_is_valid_as_it_stands(command: str) -> None:
-    composition = compose_run(shlex.split(command, comments=True))
-    _, warnings = validate(composition.values, composition.where)
-    assert warnings == []
+    request = read_sweep(shlex.split(command, comments=True))
+    assert request.faults == ()
+    if any(dimension.choices is None for dimension in request.dimensions):
+        return  # a search; its ends are judged by the sweep's own tests
+    for point in request.points():
+        composition = composed(point)
+        _, warnings = validate(composition.values, composition.where)
+        assert warnings == []
 
 
 def test_a_short_try_of_a_recipe_is_no_fault() -> None:
-    composition = compose_run(["recipe=pocket_lora", "trainer.max_steps=6"])
+    composition = composed(["recipe=pocket_lora", "trainer.max_steps=6"])
     _, warnings = validate(composition.values, composition.where)
     assert [fault.path for fault in warnings] == ["optim.warmup_steps"]

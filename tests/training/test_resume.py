@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from framework.errors import RunError
 from framework.training.checkpoint_io import list_checkpoints, read_checkpoint
 from framework.training.checkpointing import CheckpointCallback
+from framework.training.run_folder import read_state
 from tests.training.runs import change, fit_values, read_losses
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -155,8 +156,11 @@ def test_a_request_to_end_is_met_after_the_step_and_not_amid_its_micro_steps(
         patch.setattr(CheckpointCallback, "on_train_batch_end", hook)
         with pytest.raises(RunError, match=r"asked to end.*stopped after step 2"):
             fit_values(values)
+    stopped = read_state(whole.run_dir.parent.parent / values["run"]["name"] / "001")
     resumed = fit_values(values)
     assert resumed.run_dir.name == "001"
+    # The time of a run is that of all its starts.
+    assert 0 < stopped["seconds"] < read_state(resumed.run_dir)["seconds"]
     assert read_losses(whole.run_dir) == read_losses(resumed.run_dir)
 
 

@@ -14,10 +14,12 @@ from framework import __version__
 from framework.cli.main import main
 from framework.cli.train import next_commands
 from framework.compose import compose_run
-from framework.errors import ConfigError, Fault, RunError, SourceError
+from framework.errors import ConfigError, Fault, RunError, RunStopped, SourceError
 from framework.schema import RunConfig
 from framework.schema.validate import validate
 
+# The recipe with pictures that every clone has: what `train` reads must exist.
+POCKET = ["recipe=pocket_lora", "data.path=docs/images"]
 Capture = pytest.CaptureFixture[str]
 
 
@@ -63,7 +65,8 @@ def test_version(capsys: Capture) -> None:
     ("arguments", "phrases"),
     [
         (["trian"], ["No such command 'trian'", "octavo --help"]),
-        (["train", "--nope"], ["--nope", "octavo train --help"]),
+        (["compare", "--nope"], ["--nope", "octavo compare --help"]),
+        (["train", "--summry", "x"], ["No such option: --summry", "--summary", "train --help"]),
         (
             ["train", "--model.dit.precision=fp8"],
             ["Overrides have no dashes: model.dit.precision=fp8"],
@@ -86,19 +89,21 @@ def test_a_wrong_command_line_is_explained(
 
 @pytest.mark.parametrize("command", ["train", "plan", "validate", "generate"])
 def test_every_command_refuses_a_wrong_configuration(command: str, capsys: Capture) -> None:
-    assert main([command, "recipe=pocket_lora", "model.dit.precison=fp8"]) == 2
+    assert main([command, *POCKET, "model.dit.precison=fp8"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.splitlines() == [
         "Error: 1 fault in the configuration",
-        "  model.dit.precison: unknown key",
+        "  model.dit.precison: unknown key; model.dit has precision, trainable, source, fp8, lora, "
+        "gradient_checkpointing",
         "      Set by: command line: model.dit.precison=fp8",
         "      Nearest: model.dit.precision",
+        "      Next: Write model.dit.precision=fp8.",
     ]
 
 
 def test_validate_says_ok_and_warns(capsys: Capture) -> None:
-    assert main(["validate", "recipe=pocket_lora", "model.dit.trainable=full"]) == 0
+    assert main(["validate", *POCKET, "model.dit.trainable=full"]) == 0
     captured = capsys.readouterr()
     assert captured.out == "The configuration of pocket_lora is valid.\n"
     assert "1 warning" in captured.err
@@ -113,7 +118,7 @@ def test_a_long_path_is_not_broken_where_there_is_no_terminal(capsys: Capture) -
 
 def test_schema_is_json_or_a_page(capsys: Capture) -> None:
     assert main(["schema"]) == 0
-    assert json.loads(capsys.readouterr().out) == RunConfig.model_json_schema()
+    assert json.loads(capsys.readouterr().out)["title"] == "A whole run"
     assert main(["schema", "--format", "markdown"]) == 0
     assert "`optim.lr`" in capsys.readouterr().out
 
@@ -121,7 +126,7 @@ def test_schema_is_json_or_a_page(capsys: Capture) -> None:
 def test_train_ends_with_where_things_are_and_what_to_try(
     fake_fit: dict[str, Any], capsys: Capture
 ) -> None:
-    assert main(["train", "recipe=pocket_lora", "model.dit.precision=fp8"]) == 0
+    assert main(["train", *POCKET, "model.dit.precision=fp8"]) == 0
     captured = capsys.readouterr()
     assert (
         "Done: 400 steps, training loss 0.2500, validation loss 0.5000, 3.0 GiB at most."
@@ -136,8 +141,9 @@ def test_train_ends_with_where_things_are_and_what_to_try(
 def test_the_text_given_to_training_says_the_whole_configuration(
     fake_fit: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    main(["train", "recipe=pocket_lora"])
+    main(["train", *POCKET])
     (tmp_path / "recipes").mkdir()
+    (tmp_path / "docs" / "images").mkdir(parents=True)
     (tmp_path / "recipes" / "again.yaml").write_text(fake_fit["config_yaml"])
     monkeypatch.chdir(tmp_path)
     composition = compose_run(["recipe=again"])
@@ -151,7 +157,7 @@ def test_further_processes_print_nothing(
 ) -> None:
     monkeypatch.setenv("LOCAL_RANK", "1")
     fake_fit["first"] = False
-    assert main(["train", "recipe=pocket_lora", "model.dit.trainable=full"]) == 0
+    assert main(["train", *POCKET, "model.dit.trainable=full"]) == 0
     assert capsys.readouterr() == ("", "")
 
 
@@ -180,7 +186,7 @@ def test_how_a_run_ends(
     fake_fit: dict[str, Any], error: BaseException, code: int, phrases: list[str], capsys: Capture
 ) -> None:
     fake_fit["raises"] = error
-    assert main(["train", "recipe=pocket_lora"]) == code
+    assert main(["train", *POCKET]) == code
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "Traceback" not in captured.err
@@ -193,13 +199,13 @@ def test_an_interrupt_that_lightning_turned_into_an_exit_is_recognised(
     leaving = SystemExit(1)
     leaving.__context__ = KeyboardInterrupt()
     fake_fit["raises"] = leaving
-    assert main(["train", "recipe=pocket_lora"]) == 130
+    assert main(["train", *POCKET]) == 130
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(fake_fit: dict[str, Any]) -> None:
     fake_fit["raises"] = ZeroDivisionError("ours")
     with pytest.raises(ZeroDivisionError, match="ours"):
-        main(["train", "recipe=pocket_lora"])
+        main(["train", *POCKET])
 
 
 def config_of(*overrides: str) -> RunConfig:
@@ -268,10 +274,81 @@ def test_a_fault_found_after_composing_is_told_with_what_set_it(
     fake_fit: dict[str, Any], capsys: Capture
 ) -> None:
     fake_fit["raises"] = ConfigError([Fault("optim.lr", "is cursed"), Fault("", "so is the rest")])
-    assert main(["train", "recipe=pocket_lora", "optim.lr=1e-3"]) == 2
+    assert main(["train", *POCKET, "optim.lr=1e-3"]) == 2
     assert capsys.readouterr().err.splitlines()[-4:] == [
         "Error: 2 faults in the configuration",
         "  optim.lr: is cursed",
         "      Set by: command line: optim.lr=1e-3",
         "  so is the rest",
     ]
+
+
+def read_summary(file: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(file.read_text())
+    assert content.pop("version") == 1
+    assert content.pop("seconds") >= 0
+    return content
+
+
+def test_the_summary_says_how_a_run_ended(fake_fit: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "summary.json"
+    assert main(["train", *POCKET, "--summary", str(file)]) == 0
+    assert read_summary(file) == {
+        "state": "finished",
+        "exit_code": 0,
+        "error": None,
+        "run_dir": "outputs/pocket_lora/000",
+        "lora_path": "outputs/pocket_lora/000/lora.safetensors",
+        "model_path": None,
+        "sheet_path": "outputs/pocket_lora/000/samples.png",
+        "steps": 400,
+        "train_loss": 0.25,
+        "val_loss": 0.5,
+        "peak_memory_bytes": 3 * 2**30,
+    }
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "code", "message"),
+    [
+        (RunError("can't go on", hint="Start anew."), "failed", 1, "can't go on"),
+        (RunStopped("asked to end"), "stopped", 1, None),
+        (KeyboardInterrupt(), "stopped", 130, None),
+        (ConfigError([Fault("a", "is wrong")]), "failed", 2, "1 fault in the configuration"),
+    ],
+)
+def test_the_summary_says_why_a_run_did_not_finish(
+    fake_fit: dict[str, Any],
+    tmp_path: Path,
+    error: BaseException,
+    state: str,
+    code: int,
+    message: str | None,
+) -> None:
+    fake_fit["raises"] = error
+    assert main(["train", *POCKET, "--summary", str(tmp_path / "s.json")]) == code
+    content = read_summary(tmp_path / "s.json")
+    assert (content["state"], content["exit_code"]) == (state, code)
+    assert (content["error"] or {}).get("message") == message
+
+
+def test_a_mistake_of_ours_is_in_the_summary_too(fake_fit: dict[str, Any], tmp_path: Path) -> None:
+    fake_fit["raises"] = ZeroDivisionError("ours")
+    with pytest.raises(ZeroDivisionError, match="ours"):
+        main(["train", *POCKET, "--summary", str(tmp_path / "s.json")])
+    assert read_summary(tmp_path / "s.json")["error"] == {"message": "ZeroDivisionError: ours"}
+
+
+def test_a_refused_configuration_has_its_faults_in_the_summary(tmp_path: Path) -> None:
+    file = tmp_path / "s.json"
+    assert main(["train", *POCKET, "optim.lr=fast", "--summary", str(file)]) == 2
+    (fault,) = read_summary(file)["error"]["faults"]
+    assert (fault["path"], fault["code"]) == ("optim.lr", "wrong-type")
+
+
+def test_a_summary_that_cannot_be_written_is_refused_before_training(
+    fake_fit: dict[str, Any], tmp_path: Path, capsys: Capture
+) -> None:
+    assert main(["train", *POCKET, "--summary", str(tmp_path / "no" / "s.json")]) == 1
+    assert "its folder doesn't exist" in capsys.readouterr().err
+    assert "config" not in fake_fit

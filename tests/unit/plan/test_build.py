@@ -242,7 +242,7 @@ def test_everything_wrong_is_in_one_report(tiny_checkpoint: Path) -> None:
         "Nearest: attn.to_q",
         'model.dit.fp8.keep_high_precision[0]: "norm_outt" matches 0',
         "model.vae.precision: fp8 would store no layer of vae in FP8",
-        "set model.vae.fp8.layers=[conv], or model.vae.precision=bf16",
+        "Set model.vae.fp8.layers=[conv], or model.vae.precision=bf16",
         "model.text_encoder.lora.target_modules[0]",
     ):
         assert part in text

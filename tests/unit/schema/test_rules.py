@@ -1,14 +1,15 @@
-"""Rules across keys: what is refused, what is warned of, and what isn't."""
+"""Rules across keys: what is refused, and what isn't."""
 
 from __future__ import annotations
 
 import importlib.util
+import re
 from typing import Any
 
 import pytest
 
 from framework.schema.validate import validate
-from tests.unit.schema.minimal import changed, faults_of, warnings_of
+from tests.unit.schema.minimal import changed, faults_of
 
 
 def test_fp8_with_full_says_why_and_both_ways_out() -> None:
@@ -47,34 +48,10 @@ def test_something_must_train() -> None:
     assert "model.dit.trainable=lora" in fault.hint
 
 
-@pytest.mark.parametrize("trainable", ["none", "full"])
-def test_unused_lora_settings_are_named_in_a_warning(trainable: str) -> None:
-    changes = {
-        "model.text_encoder.trainable": "lora",
-        "model.dit.trainable": trainable,
-        "model.dit.lora": {"rank": 4, "use_dora": True},
-    }
-    warnings = warnings_of(changes)
-    assert set(warnings) == {"model.dit.lora"}
-    assert "rank, use_dora" in warnings["model.dit.lora"].message
-    assert f"model.dit.trainable={trainable}" in warnings["model.dit.lora"].message
-
-
-def test_lora_settings_that_are_used_or_null_need_no_warning() -> None:
-    assert warnings_of({"model.dit.lora": {"rank": 4}}) == {}
-    assert warnings_of({"model.dit.trainable": "full", "model.dit.lora": None}) == {}
-
-
 def test_fp16_on_the_cpu_is_refused() -> None:
     fault = faults_of({"model.compute_dtype": "fp16", "model.device": "cpu"})["model.compute_dtype"]
     assert "fp16 can't be computed on the CPU" in fault.message
     validate(changed({"model.compute_dtype": "fp16", "model.device": "cuda"}), lambda _: "")
-
-
-def test_a_plain_fp8_cast_is_warned_of() -> None:
-    changes = {"model.dit.precision": "fp8", "model.dit.fp8.scaling": "none"}
-    assert "0.002" in warnings_of(changes)["model.dit.fp8.scaling"].message
-    assert warnings_of({"model.dit.fp8.scaling": "none"}) == {}
 
 
 @pytest.mark.parametrize(
@@ -95,13 +72,6 @@ def test_processes_can_not_share_one_device(
 @pytest.mark.parametrize("device", ["auto", "cpu", "cuda"])
 def test_several_processes_are_fine_elsewhere(device: str) -> None:
     validate(changed({"model.device": device, "trainer.devices": 2}), lambda _: "")
-
-
-def test_a_warm_up_longer_than_the_run_is_warned_of() -> None:
-    warning = warnings_of({"optim.warmup_steps": 20, "trainer.max_steps": 5})["optim.warmup_steps"]
-    assert "don't fit into trainer.max_steps=5" in warning.message
-    assert "25% of optim.lr" in warning.hint
-    assert warnings_of({"optim.warmup_steps": 5, "trainer.max_steps": 5}) == {}
 
 
 @pytest.mark.parametrize("name", ["sgd", "rmsprop", "adagrad", "adafactor"])
@@ -130,36 +100,52 @@ def test_a_package_that_is_missing_is_named(
     validate(changed(changes), lambda _: "")
 
 
+def test_a_pattern_that_keeps_everything_contradicts_fp8() -> None:
+    changes = {"model.dit.precision": "fp8", "model.dit.fp8.keep_high_precision": ["img_in", "*"]}
+    fault = faults_of(changes)["model.dit.fp8.keep_high_precision"]
+    assert "would store nothing in FP8" in fault.message
+    assert "model.dit.precision=bf16" in fault.hint
+    validate(changed(changes | {"model.dit.precision": "bf16"}), lambda _: "")
+
+
+BATCH = {
+    "data.batch_size": 4,
+    "trainer.accumulate_grad_batches": 2,
+    "trainer.devices": 2,
+    "trainer.num_nodes": 1,
+}
+
+
+def test_a_stated_batch_that_the_settings_make_is_fine() -> None:
+    config, _ = validate(changed(BATCH | {"trainer.global_batch_size": 16}), lambda _: "")
+    assert config.trainer.global_batch_size == 16
+
+
 @pytest.mark.parametrize(
-    ("path", "value", "reason"),
+    ("wanted", "ways"),
     [
-        ("objective.huber_delta", 0.5, "objective.loss=mse"),
-        ("objective.vae_kl_weight", 0.5, "model.vae.trainable=none"),
+        (64, ["trainer.accumulate_grad_batches=8", "data.batch_size=16", "trainer.devices=8"]),
+        (24, ["trainer.accumulate_grad_batches=3", "data.batch_size=6", "trainer.devices=3"]),
+        (8, ["trainer.accumulate_grad_batches=1", "data.batch_size=2", "trainer.devices=1"]),
+        (4, ["data.batch_size=1"]),
+        (17, []),
     ],
 )
-def test_settings_that_nothing_reads_are_warned_of(path: str, value: Any, reason: str) -> None:
-    assert reason in warnings_of({path: value})[path].message
+def test_a_stated_batch_that_they_do_not_make_gives_the_product_and_the_ways_out(
+    wanted: int, ways: list[str]
+) -> None:
+    fault = faults_of(BATCH | {"trainer.global_batch_size": wanted})["trainer.global_batch_size"]
+    assert f"{wanted} pictures per optimizer step" in fault.message
+    assert "make 16 (data.batch_size 4 x trainer.accumulate_grad_batches 2" in fault.message
+    assert re.findall(r"([a-z_.]+=\d+)", fault.hint) == [*ways, "trainer.global_batch_size=16"]
+    for way in ways:
+        key, _, value = way.partition("=")
+        changes = BATCH | {"trainer.global_batch_size": wanted, key: int(value)}
+        validate(changed(changes), lambda _: "")
 
 
-def test_settings_of_the_logit_normal_distribution_need_it() -> None:
-    changes = {"objective.timestep_sampling": "uniform", "objective.logit_mean": 0.5}
-    assert set(warnings_of(changes)) == {"objective.logit_mean"}
-
-
-def test_checkpointing_a_dit_without_gradients_is_warned_of() -> None:
-    changes = {"model.dit": {"gradient_checkpointing": True}, "model.vae.trainable": "full"}
-    assert "no gradient" in warnings_of(changes)["model.dit.gradient_checkpointing"].message
-
-
-@pytest.mark.parametrize(
-    ("name", "lr", "warns"),
-    [
-        ("adamw", 1.0, True),
-        ("adamw", 1e-9, True),
-        ("adamw", 1e-3, False),
-        ("sgd", 0.5, False),
-        ("sgd", 5, True),
-    ],
-)
-def test_an_unusual_rate_is_warned_of(name: str, lr: float, warns: bool) -> None:
-    assert ("optim.lr" in warnings_of({"optim.name": name, "optim.lr": lr})) == warns
+def test_a_size_that_does_not_fit_comes_with_one_that_does() -> None:
+    fault = faults_of({"sample.size_px": [1000, 1023]})["sample.size_px[0]"]
+    assert fault.nearest == ("992", "1008")
+    assert "sample.size_px=[992,1024]" in fault.hint
+    validate(changed({"sample.size_px": [992, 1024]}), lambda _: "")

@@ -1,0 +1,1 @@
+"""Sweeps: one command, many runs, one comparison. Nothing here imports torch."""
