@@ -2,9 +2,13 @@
 
 import sys
 
-from framework.sweep.process import follow_starter
-
 if __name__ == "__main__":
+    if not sys.flags.safe_path:
+        # `-m` puts the current folder first, where a person's timeit.py or json.py would be taken for Python's own.
+        sys.path[0] = __file__.removesuffix("/framework/cli/__main__.py")
+
+    from framework.sweep.process import follow_starter
+
     follow_starter()
     from framework.cli.main import main
 

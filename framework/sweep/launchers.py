@@ -127,9 +127,8 @@ def _launcher(
             )
     finally:
         HydraConfig.instance().cfg = outer_config
-        ConfigStore.instance().repo.pop(
-            f"{_CONFIG_NAME}.yaml", None
-        )  # workers may have put another there
+        # Asked for again: a launcher that runs jobs in this process may have put another store there.
+        ConfigStore.instance().repo.pop(f"{_CONFIG_NAME}.yaml", None)
 
 
 def launcher_config(
