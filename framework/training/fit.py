@@ -46,6 +46,8 @@ _PROCESS_TIMEOUT = timedelta(hours=2)
 _EXPECTED_WARNINGS = (
     # frozen components are in eval mode while adapters on them train
     r".*module\(s\) in eval mode at the start of training",
+    # a machine that has Slurm may also be used without it
+    r"The `srun` command is available on your system but is not used",
     # workers are the user's choice; small data sets are faster without
     r".*does not have many workers which may be a bottleneck",
     # layers of the last block that take no part in the picture have no gradient, so DDP must look for them

@@ -191,6 +191,7 @@ def test_slurm_must_be_there_and_serve_all_points(
     recipes: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = ("hydra/launcher=submitit_slurm", "trainer.devices=1,2", "trainer.strategy=ddp")
+    monkeypatch.setattr(machines.shutil, "which", lambda name: None)
     found = faults(recipes, *lines)
     assert ["sbatch and srun" in fault.message for fault in found] == [True, False]
     assert "different nodes, processes or GPUs" in found[1].message

@@ -170,3 +170,18 @@ def test_workers_find_this_code_and_no_other(tmp_path: Path) -> None:
         check=True,
     )
     assert Path(found.stdout.strip()) == ROOT / "framework" / "__init__.py"
+
+
+def test_a_file_of_the_users_isnt_taken_for_pythons_own(tmp_path: Path) -> None:
+    for name in ("timeit", "json"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('the wrong one')")
+    done = subprocess.run(
+        [sys.executable, "-m", "framework.cli", "--version"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("octavo ")
