@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.basecontainer import BaseContainer
 from omegaconf.errors import (
     InterpolationKeyError,
     InterpolationToMissingValueError,
@@ -47,6 +49,24 @@ def resolve(config: DictConfig, where: Provenance) -> tuple[dict[str, Any], list
     Returns plain values, a fault for each interpolation that can't be filled in, and the paths of those; they are left
     out of the values. Changes `config` where there are any.
     """
+    with _own_resolvers_only():
+        return _resolve(config, where)
+
+
+@contextmanager
+def _own_resolvers_only() -> Iterator[None]:
+    """Hide resolvers that others in this process registered, as Hydra does: a file means the same everywhere."""
+    known = BaseContainer._resolvers
+    foreign = {name: known.pop(name) for name in list(known) if name not in _RESOLVERS}
+    try:
+        yield
+    finally:
+        known.update(foreign)
+
+
+def _resolve(
+    config: DictConfig, where: Provenance
+) -> tuple[dict[str, Any], list[Fault], list[str]]:
     try:
         return _plain(config), [], []
     except _FAILED:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from framework.compose import compose_run
 from framework.errors import FAULT_CODES, Fault, format_fault
@@ -256,3 +257,13 @@ def test_no_message_repeats_hydras_advice() -> None:
         assert compose_run([GOOD, line]).faults == ()
     reports = [format_fault(f) for line, *_ in CASES for f in compose_run([GOOD, line]).faults]
     assert not [r for r in reports if re.search(r"use \+|append|full_key|object_type", r)]
+
+
+def test_resolvers_that_others_registered_mean_nothing_and_stay() -> None:
+    OmegaConf.register_new_resolver("now", lambda pattern: pattern, replace=True)
+    try:
+        composition = compose_run([GOOD, "run.name=${now:%Y}"])
+        assert [fault.code for fault in composition.faults] == ["interpolation"]
+        assert OmegaConf.has_resolver("now")
+    finally:
+        OmegaConf.clear_resolver("now")

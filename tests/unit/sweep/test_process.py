@@ -25,8 +25,8 @@ FOLLOWER = """
 import sys, time
 from framework.sweep.process import follow_starter
 follow_starter()
-print("ready", flush=True)
 try:
+    print("ready", flush=True)
     time.sleep(60)
 except KeyboardInterrupt:
     sys.exit(130)
@@ -80,8 +80,8 @@ def test_a_point_heeds_the_signal_that_its_sweep_holds_back() -> None:
         end(process, is_urgent=never)  # type: ignore[arg-type]
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    assert process.returncode == 130
     process.communicate()
+    assert process.returncode == 130
 
 
 def test_a_process_that_a_person_started_follows_nobody() -> None:
