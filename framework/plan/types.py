@@ -5,7 +5,7 @@ Training and inference carry out the same plan with the same runtime; `purpose` 
 
 from __future__ import annotations
 
-from math import prod
+from math import ceil, prod
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, computed_field
@@ -15,8 +15,12 @@ Phase = Literal["encode", "train", "sample"]
 Place = Literal["device", "host", "disk"]
 StorageDtype = Literal["fp8_e4m3", "bf16", "fp16", "fp32"]
 TensorKind = Literal["linear", "conv", "embedding", "other"]
-Scaling = Literal["row", "tensor", "none"]
+Scaling = Literal["row", "tensor", "block", "none"]
+Offload = Literal["none", "host", "disk"]
+Granularity = Literal["model", "block", "layer"]
 
+BLOCK_SHAPE = (128, 128)
+"""Rows and columns that share a scale with `scaling: block`, as in DeepSeek-V3 (arXiv:2412.19437)."""
 BYTES_PER_ELEMENT: dict[StorageDtype, int] = {"fp8_e4m3": 1, "bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -46,12 +50,25 @@ class States(Frozen):
     computation: Placement
 
 
+class StoredScale(Frozen):
+    """The scale that a published FP8 file holds beside a weight's codes.
+
+    key, file, shape, source_dtype: as in `TensorPlan`.
+    """
+
+    key: str
+    file: str
+    shape: tuple[int, ...]
+    source_dtype: str
+
+
 class TensorPlan(Frozen):
     """One tensor of a component.
 
     name: name in the module, e.g. "transformer_blocks.0.attn.to_q.weight".   source_key: its key in the file.
     file: path of the file; its bare name where the component's weights haven't been fetched yet.
     shape: elements.   source_dtype: safetensors name, e.g. "BF16".
+    published_scale: the dequantisation scale of a weight that is FP8 in the file; weight = codes * scale.
     """
 
     name: str
@@ -60,6 +77,7 @@ class TensorPlan(Frozen):
     shape: tuple[int, ...]
     source_dtype: str
     kind: TensorKind
+    published_scale: StoredScale | None = None
 
     @property
     def numel(self) -> int:
@@ -76,12 +94,14 @@ class TensorGroup(Frozen):
     """Tensors of a component that are stored alike.
 
     scaling: None unless the group is FP8; says which float32 scales lie beside the codes.
+    block_shape: rows and columns that share a scale, with `scaling: block`; None otherwise.
     trains: True where gradients update these tensors themselves (`trainable: full`).
     """
 
     name: str
     states: States
     scaling: Scaling | None = None
+    block_shape: tuple[int, int] | None = None
     trains: bool = False
     tensors: tuple[TensorPlan, ...]
 
@@ -97,8 +117,13 @@ class TensorGroup(Frozen):
         """Bytes of all tensors at rest, scales included."""
         per_element = BYTES_PER_ELEMENT[self.states.onload.storage_dtype]
         return self.numel * per_element + sum(
-            scale_bytes(tensor.shape, self.scaling) for tensor in self.tensors
+            scale_bytes(tensor.shape, self.scaling, self.block_shape) for tensor in self.tensors
         )
+
+    @property
+    def moves(self) -> bool:
+        """Whether the tensors rest elsewhere than on the device and are fetched for use."""
+        return self.states.offload.place != "device"
 
 
 class LoraLayer(Frozen):
@@ -144,6 +169,7 @@ class ComponentPlan(Frozen):
     folder: absolute path of the component's folder (config.json and weights); `hf://<repository>@<commit>/<subfolder>`
     where its weights haven't been fetched (`framework.hub.fetch_place` turns it into a folder).
     commit: the hub commit that `revision` stood for; None for a local folder.
+    offload, granularity: where its large frozen weights rest, and how many of them are fetched together.
     optimizer_bytes: state of the optimizer (`framework.plan.optimizer_state`).
     """
 
@@ -154,6 +180,8 @@ class ComponentPlan(Frozen):
     trainable: Literal["none", "lora", "full"]
     groups: tuple[TensorGroup, ...]
     lora: LoraPlan | None
+    offload: Offload = "none"
+    granularity: Granularity = "layer"
     gradient_checkpointing: bool = False
     optimizer_bytes: int = 0
     ema: bool = False
@@ -215,6 +243,7 @@ class VramPlan(Frozen):
     family: str
     compute_dtype: Literal["bf16", "fp32", "fp16"]
     device: str
+    vram_limit_bytes: int | None = None
     components: tuple[ComponentPlan, ...]
     phases: tuple[PhasePlan, ...]
 
@@ -237,11 +266,24 @@ class VramPlan(Frozen):
         raise KeyError(name)
 
 
-def scale_bytes(shape: tuple[int, ...], scaling: Scaling | None) -> int:
-    """Bytes of the float32 dequantisation scales beside codes of this shape (output dimension first).
+def scale_bytes(
+    shape: tuple[int, ...], scaling: Scaling | None, block_shape: tuple[int, int] | None = None
+) -> int:
+    """Bytes of the float32 dequantisation scales beside codes of this shape (output dimension first)."""
+    return 4 * prod(scale_shape(shape, scaling, block_shape) or (0,))
 
-    `none` stores no scale.
+
+def scale_shape(
+    shape: tuple[int, ...], scaling: Scaling | None, block_shape: tuple[int, int] | None = None
+) -> tuple[int, ...] | None:
+    """Shape of the dequantisation scale beside codes of this shape; None where there is none.
+
+    Codes are taken as a matrix (outputs, everything else): (outputs,) for rows, (1,) for a tensor, and for blocks
+    (row blocks, column blocks), the last of each maybe smaller than the rest.
     """
     if scaling is None or scaling == "none":
-        return 0
-    return 4 * (shape[0] if scaling == "row" else 1)
+        return None
+    if scaling == "block":
+        rows, columns = block_shape or BLOCK_SHAPE
+        return ceil(shape[0] / rows), ceil(prod(shape[1:]) / columns)
+    return (shape[0],) if scaling == "row" else (1,)

@@ -12,7 +12,9 @@ Glob = Annotated[str, StringConstraints(min_length=1)]
 Precision = Literal["fp8", "bf16"]
 Trainable = Literal["none", "lora", "full"]
 ComputeDtype = Literal["bf16", "fp32", "fp16"]
-Scaling = Literal["row", "tensor", "none"]
+Scaling = Literal["row", "tensor", "block", "none"]
+Offload = Literal["none", "host", "disk"]
+Granularity = Literal["model", "block", "layer"]
 LayerKind = Literal["linear", "conv", "embedding"]
 
 
@@ -21,7 +23,7 @@ class Fp8Config(Section):
 
     scaling: Scaling = Field(
         "row",
-        description="One dequantisation scale per output row (most exact), per tensor, or none (a plain cast: weights below 0.001 become 0).",
+        description="One dequantisation scale per output row, per tensor, per block of 128 x 128, or none (a plain cast: weights below 0.001 become 0).",
     )
     keep_high_precision: tuple[Glob, ...] | None = Field(
         None,
@@ -88,6 +90,14 @@ class ComponentConfig(Section):
     trainable: Trainable = Field(
         "none", description="Nothing, a LoRA on frozen weights, or every weight."
     )
+    offload: Offload = Field(
+        "none",
+        description="Where large frozen weights rest: on the device, in host memory, or in files on disk. They are fetched for use.",
+    )
+    granularity: Granularity = Field(
+        "layer",
+        description="How much of an offloaded component is fetched together: all of it, a block, or a layer.",
+    )
     source: str | None = Field(
         None,
         description="Folder or hub id for this component alone; unset means `model.source`.",
@@ -134,6 +144,19 @@ class QwenImageConfig(Section):
         pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
         description="`auto` takes a GPU if there is one; or cpu, cuda, cuda:N, mps.",
         examples=["auto", "cpu", "cuda:1"],
+    )
+    vram_limit: float | None = Field(
+        None,
+        gt=0,
+        description="Device memory to stay below: offloaded weights stay on the device while there is room, the rest is fetched; unset keeps none there.",
+        json_schema_extra=unit("GiB", examples=[11.0, 23.0]),
+    )
+    converted_dir: str | None = Field(
+        None,
+        min_length=1,
+        description="Where weights are kept in the form in which they rest (FP8 codes, say), so that later loads read less; "
+        "unset keeps none, but for `offload: disk`, which needs them and uses `.octavo/weights`.",
+        examples=[".octavo/weights", "/scratch/octavo-weights"],
     )
     dit: DitConfig = Field(default_factory=DitConfig, description="The diffusion transformer.")
     text_encoder: ComponentConfig = Field(
