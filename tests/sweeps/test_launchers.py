@@ -108,7 +108,11 @@ def test_ray_stops_by_control_c_and_goes_on(place: Place) -> None:
     command = ("checkpoint.every_n_steps=5", "trainer.max_steps=60", "optim.lr=1e-3,1e-4")
     process = place.start(*command, "hydra/launcher=ray")
     sweep = place.sweep()
-    wait_until(lambda: len(list(sweep.glob("points/*/001/checkpoints/*.ckpt"))) >= 2, process)
+    # A run without a checkpoint has nothing to go on from, and starts a new folder.
+    wait_until(
+        lambda: len({path.parts[-4] for path in sweep.glob("points/*/001/checkpoints/*.ckpt")}) == 2,
+        process,
+    )
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does
     output = process.communicate(timeout=60)
     assert process.returncode == 130, told(output)
