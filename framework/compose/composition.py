@@ -22,7 +22,7 @@ from framework.compose.messages import close_names, command_line, hydra_setting,
 from framework.compose.overrides import Words, read_words, refuse_settings, refuse_sweeps
 from framework.compose.provenance import Provenance, canonical_path
 from framework.compose.repository import ROOT_CONFIG, Repository, hydra_rules
-from framework.compose.sources import RECIPE_GROUP, conf_dir, shown_path
+from framework.compose.sources import RECIPE_GROUP, SETUP_GROUP, conf_dir, shown_path
 from framework.errors import Fault
 
 _HYDRA_REFUSES = (HydraException, OSError, ValueError, AssertionError, RecursionError, TypeError)
@@ -191,6 +191,8 @@ class Composer:
         left_out: list[str] = []
         with hydra_rules():
             defaults = self._followed(list(groups), faults, left_out)
+        if any(override.key_or_group == SETUP_GROUP for override in groups):
+            defaults = _setup_last(defaults)
         config, where, refused, lost = merge_files(defaults, self.repository)
         left_out += lost
         for default in defaults:
@@ -295,6 +297,11 @@ class Composer:
             message, hint = "can't be removed: the run hasn't chosen it", "Leave this override out."
         fault = Fault(group or "defaults", message, where, hint=hint, code="defaults-list")
         return fault, dropped
+
+
+def _setup_last(defaults: list[ResultDefault]) -> list[ResultDefault]:
+    """Put a set-up that the command line chose behind the recipe, so that its keys win."""
+    return sorted(defaults, key=lambda d: str(d.config_path).startswith(f"{SETUP_GROUP}/"))
 
 
 def _is_recipe(override: Override) -> bool:

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 RECIPE_GROUP = "recipe"
+SETUP_GROUP = "vram"
+"""Its options set keys of other sections; chosen on the command line they win over the recipe."""
 YAML_ENDINGS = (".yaml", ".yml")
 _PACKAGE = Path(__file__).resolve().parents[1]
 

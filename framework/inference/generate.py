@@ -50,6 +50,21 @@ def generate(
     plan = build_inference_plan(model, device=str(place))
     load_family_extras(family, model)
     residency = Residency(plan, family, place, compute_dtype, settings.seed)
+    try:
+        return _generate(residency, family, prompts, settings, negative_prompt, lora, on_progress)
+    finally:
+        residency.release()
+
+
+def _generate(
+    residency: Residency,
+    family: Family,
+    prompts: Sequence[str],
+    settings: SampleSettings,
+    negative_prompt: str,
+    lora: Path | None,
+    on_progress: StepCallback | None,
+) -> list[Image.Image]:
     used_lora = _enter_(residency, "encode", lora)
     positive, negative = encode_prompts(
         family, residency.modules["text_encoder"], prompts, negative_prompt, settings

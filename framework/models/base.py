@@ -29,10 +29,12 @@ class TextConditioning:
     """Encoded captions, right padded with zeros.
 
     embeds: (B, L, D), any float dtype.   mask: (B, L) bool, True where a token stands.
+    padded: whether any caption is shorter than L; None where only the mask knows.
     """
 
     embeds: Tensor
     mask: Tensor
+    padded: bool | None = None
 
     def __post_init__(self) -> None:
         if self.embeds.shape[:2] != self.mask.shape or self.mask.dtype != torch.bool:
@@ -44,12 +46,17 @@ class TextConditioning:
     def __len__(self) -> int:
         return self.embeds.shape[0]
 
+    @property
+    def is_padded(self) -> bool:
+        """Whether any caption is shorter than L; asks the mask, and waits for its device, only where nobody said."""
+        return not bool(self.mask.all()) if self.padded is None else self.padded
+
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> TextConditioning:
         """Move both tensors to `device` and cast the embeddings (never the mask) to `dtype`."""
         return TextConditioning(
-            self.embeds.to(device=device, dtype=dtype), self.mask.to(device=device)
+            self.embeds.to(device=device, dtype=dtype), self.mask.to(device=device), self.padded
         )
 
     def row(self, index: int) -> TextConditioning:
@@ -149,6 +156,10 @@ class Family(ABC):
 
         noisy: (B, C, h, w).   sigma: (B,) in [0, 1].   text: B captions.
         """
+
+    @abstractmethod
+    def text_width(self, dit: nn.Module) -> int:
+        """Width D of the text embeddings that a DiT takes."""
 
     @abstractmethod
     def image_tokens(self, width_px: int, height_px: int) -> int:

@@ -166,11 +166,15 @@ class QwenImageFamily(Family):
             hidden_states=pack_latents(noisy).to(device, dtype),
             timestep=sigma.to(device, torch.float32),
             encoder_hidden_states=text.embeds,
-            encoder_hidden_states_mask=None if bool(text.mask.all()) else text.mask,
+            encoder_hidden_states_mask=text.mask if text.is_padded else None,
             img_shapes=[[(1, height // PATCH, width // PATCH)]] * noisy.shape[0],
             return_dict=False,
         )[0]
         return unpack_latents(packed.float(), height, width)
+
+    def text_width(self, dit: nn.Module) -> int:
+        """Width of the text encoder's hidden states that this DiT was made for."""
+        return int(_any(dit).config.joint_attention_dim)
 
     def image_tokens(self, width_px: int, height_px: int) -> int:
         """One token per 16 x 16 px."""

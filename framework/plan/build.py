@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from framework.errors import ConfigError, Fault, SourceError
 from framework.hub import ComponentHeaders, locate_headers, read_component_config
 from framework.plan.component import ComponentBuilder
-from framework.plan.types import ComponentPlan, Phase, PhasePlan, Purpose, VramPlan
+from framework.plan.phases import plan_phases
+from framework.plan.types import Phase, Purpose, VramPlan
 from framework.schema.families import FAMILIES, ComponentSpec
 from framework.schema.model import ModelConfig
 from framework.schema.run import OptimConfig, RunConfig
@@ -42,18 +43,23 @@ def build_plan(
             headers=headers[name],
             compute_dtype=model.compute_dtype,
             purpose=purpose,
+            converted_dir=model.converted_dir,
         )
         components.append(builder.build(_source_of(model, name), optim))
         faults += builder.faults
     if faults:
         raise ConfigError(faults)
+    vram_limit_bytes = None if model.vram_limit is None else int(model.vram_limit * 2**30)
     return VramPlan(
         purpose=purpose,
         family=model.family,
         compute_dtype=model.compute_dtype,
         device=device,
+        vram_limit_bytes=vram_limit_bytes,
         components=tuple(components),
-        phases=tuple(_phase(phase, resident[phase], components) for phase in phases),
+        phases=plan_phases(
+            phases, resident, components, device=device, vram_limit_bytes=vram_limit_bytes
+        ),
     )
 
 
@@ -167,16 +173,3 @@ def _as_fault(path: str, error: SourceError) -> Fault:
         hint=error.hint,
         code="file",
     )
-
-
-def _phase(phase: Phase, names: tuple[str, ...], components: list[ComponentPlan]) -> PhasePlan:
-    """Sum up what the phase holds: gradients exist only while training, optimizer state and EMA from then on."""
-    held = [component for component in components if component.name in names]
-    total = 0
-    for component in held:
-        total += component.resting_bytes + component.adapter_bytes
-        if phase != "encode":
-            total += component.optimizer_bytes + component.ema_bytes
-        if phase == "train":
-            total += component.gradient_bytes
-    return PhasePlan(name=phase, components=tuple(names), device_bytes=total, host_bytes=0)

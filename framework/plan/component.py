@@ -11,8 +11,10 @@ from framework.plan.match import matches_any, module_name, select_layers, tensor
 from framework.plan.optimizer_state import optimizer_state_bytes
 from framework.plan.types import (
     ComponentPlan,
+    Granularity,
     LoraLayer,
     LoraPlan,
+    Place,
     Placement,
     Purpose,
     Scaling,
@@ -25,6 +27,9 @@ from framework.schema.families import ComponentSpec
 from framework.schema.model import ComponentConfig, ComputeDtype, DitConfig, LoraConfig
 from framework.schema.run import OptimConfig
 
+CONVERTED_DIR = ".octavo/weights"
+"""Where converted weights lie if nothing else is said."""
+
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 
 
@@ -32,7 +37,8 @@ _FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 class ComponentBuilder:
     """Builds one `ComponentPlan` and gathers everything that is wrong with it on the way.
 
-    name: "dit", "text_encoder" or "vae".   faults: what was found wrong, in the configuration's words.
+    name: "dit", "text_encoder" or "vae".   converted_dir: as configured.
+    faults: what was found wrong, in the configuration's words.
     """
 
     name: str
@@ -41,13 +47,14 @@ class ComponentBuilder:
     headers: ComponentHeaders
     compute_dtype: ComputeDtype
     purpose: Purpose
+    converted_dir: str | None = None
     faults: list[Fault] = field(default_factory=list)
 
     def build(self, source: str, optim: OptimConfig | None) -> ComponentPlan:
         """Return the plan; it is of use only if `faults` is empty afterwards."""
         tensors = self._tensors()
         trains = self.config.trainable if self.purpose == "train" else "none"
-        groups = self._trained(tensors) if trains == "full" else self._frozen(tensors)
+        groups = self._trained(tensors) if trains == "full" else self._placed(self._frozen(tensors))
         lora = self._lora(tensors)
         plan = ComponentPlan(
             name=self.name,
@@ -57,6 +64,9 @@ class ComponentBuilder:
             trainable=trains,
             groups=groups,
             lora=lora,
+            offload="none" if trains == "full" else self.config.offload,
+            granularity=self.config.granularity,
+            converted_dir=None if trains == "full" else self._converted_dir(),
             gradient_checkpointing=self.purpose == "train" and _has_checkpointing(self.config),
             ema=optim is not None and optim.ema is not None and trains != "none",
         )
@@ -129,6 +139,27 @@ class ComponentBuilder:
             )
         )
         return tuple(groups)
+
+    def _converted_dir(self) -> str | None:
+        """Weights that rest on disk are read as they are, so a file must hold them in that form."""
+        return self.converted_dir or (CONVERTED_DIR if self.config.offload == "disk" else None)
+
+    def _placed(self, groups: tuple[TensorGroup, ...]) -> tuple[TensorGroup, ...]:
+        """Let large weights rest where `offload` says; norms, biases and the like are small and stay on the device."""
+        place = self.config.offload
+        if place == "none":
+            return groups
+        placed = []
+        for group in groups:
+            large = tuple(t for t in group.tensors if t.kind != "other")
+            small = tuple(t for t in group.tensors if t.kind == "other")
+            if large:
+                states = _moving(group.states, place, self.config.granularity)
+                placed.append(group.model_copy(update={"states": states, "tensors": large}))
+            if small:
+                name = "small" if large else group.name
+                placed.append(group.model_copy(update={"name": name, "tensors": small}))
+        return tuple(placed)
 
     def _fp8_names(self, tensors: list[TensorPlan]) -> set[str]:
         """Names of the weights that rest in FP8."""
@@ -212,6 +243,17 @@ class ComponentBuilder:
 def _has_checkpointing(config: ComponentConfig) -> bool:
     """Whether the component is asked to recompute its blocks in the backward pass."""
     return isinstance(config, DitConfig) and config.gradient_checkpointing
+
+
+def _moving(states: States, place: Place, granularity: Granularity) -> States:
+    """States of weights that rest elsewhere.
+
+    All of a component is brought to the device when it is used; blocks and layers stay where they rest until then.
+    """
+    rest = Placement(storage_dtype=states.offload.storage_dtype, place=place)
+    return states.model_copy(
+        update={"offload": rest, "onload": states.onload if granularity == "model" else rest}
+    )
 
 
 def _group(

@@ -27,6 +27,20 @@ _COPIES: dict[str, int] = {
 _QUANTISED: dict[str, int] = {"adamw_8bit": 2, "paged_adamw_8bit": 2, "lion_8bit": 1}
 _QUANTISED_FROM_ELEMENTS = 4096
 _QUANTISED_BLOCK_ELEMENTS = 256
+# Float32 temporaries while a step is made. On the CPU torch goes from tensor to tensor and holds so many of the largest;
+# on a GPU it takes all tensors at once (`foreach`) and holds so many of each. Measured for torch 2.13 with weight decay
+# (tests/unit/plan/test_optimizer_state.py); prodigy, which always goes from tensor to tensor, is a guess.
+_STEP_COPIES: dict[str, tuple[int, int]] = {
+    "adamw": (3, 1),
+    "adam": (4, 1),
+    "nadam": (3, 1),
+    "radam": (2, 1),
+    "adafactor": (3, 2),
+    "sgd": (1, 1),
+    "rmsprop": (3, 2),
+    "adagrad": (3, 2),
+    "prodigy": (4, 0),
+}
 
 
 def optimizer_state_bytes(name: OptimizerName, shapes: Iterable[tuple[int, ...]]) -> int:
@@ -35,6 +49,20 @@ def optimizer_state_bytes(name: OptimizerName, shapes: Iterable[tuple[int, ...]]
     shapes: of the tensors that train.   Exact but for prodigy, where it is an upper bound.
     """
     return sum(_tensor_bytes(name, shape) for shape in shapes)
+
+
+def optimizer_step_bytes(
+    name: OptimizerName, shapes: Iterable[tuple[int, ...]], *, at_once: bool
+) -> int:
+    """Bytes that a step holds for as long as it takes, beside weights, gradients and state; an upper bound.
+
+    at_once: whether torch updates all tensors together, as it does on a GPU. The 8-bit optimizers work in place.
+    """
+    sizes = [4 * prod(shape) for shape in shapes]
+    one_by_one, together = _STEP_COPIES.get(name, (0, 0))
+    if at_once and together:
+        return together * sum(sizes)
+    return one_by_one * max(sizes, default=0)
 
 
 def _tensor_bytes(name: str, shape: tuple[int, ...]) -> int:

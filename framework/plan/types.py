@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, computed_field
 
 Purpose = Literal["train", "infer"]
-Phase = Literal["encode", "train", "sample"]
+Phase = Literal["load", "encode", "train", "sample", "save"]
 Place = Literal["device", "host", "disk"]
 StorageDtype = Literal["fp8_e4m3", "bf16", "fp16", "fp32"]
 TensorKind = Literal["linear", "conv", "embedding", "other"]
@@ -170,6 +170,7 @@ class ComponentPlan(Frozen):
     where its weights haven't been fetched (`framework.hub.fetch_place` turns it into a folder).
     commit: the hub commit that `revision` stood for; None for a local folder.
     offload, granularity: where its large frozen weights rest, and how many of them are fetched together.
+    converted_dir: folder for files with its weights in the form in which they rest; None where none are kept.
     optimizer_bytes: state of the optimizer (`framework.plan.optimizer_state`).
     """
 
@@ -182,6 +183,7 @@ class ComponentPlan(Frozen):
     lora: LoraPlan | None
     offload: Offload = "none"
     granularity: Granularity = "layer"
+    converted_dir: str | None = None
     gradient_checkpointing: bool = False
     optimizer_bytes: int = 0
     ema: bool = False
@@ -224,16 +226,64 @@ class ComponentPlan(Frozen):
         return 4 * self.trained_numel if self.ema else 0
 
 
-class PhasePlan(Frozen):
-    """What one phase of a run holds. Bytes of weights and what training adds to them; activations are not counted.
+class MemoryParts(Frozen):
+    """What a phase holds in one memory at its highest, by what it is for; bytes.
 
-    components: names of the components that are loaded in this phase.
+    weights: of the components themselves, where they rest there.   adapters, gradients, optimizer, average: of what
+    trains.   fetched: copies of weights that rest elsewhere, in use, on their way or kept.   staging: what loading and
+    saving hold on the way.   activations: everything else that exists only while the phase computes, saved for the
+    backward pass or not; None where it hasn't been traced.
+    With a trace, gradients and fetched are what is there at the moment of the highest sum, so that parts add up to it.
+    """
+
+    weights: int = 0
+    adapters: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    average: int = 0
+    fetched: int = 0
+    staging: int = 0
+    activations: int | None = None
+
+    @property
+    def total_bytes(self) -> int:
+        """Sum of the parts; activations that haven't been traced count as nothing."""
+        return sum(count for count in self.by_name().values() if count is not None)
+
+    def by_name(self) -> dict[str, int | None]:
+        """Part -> bytes, in the order in which tables and charts show them."""
+        return {name: getattr(self, name) for name in type(self).model_fields}
+
+
+class PhasePlan(Frozen):
+    """What one phase of a run holds at its highest.
+
+    components: names of those that are in memory; for `load` and `save`, of the phase in which that costs most.
+    device: memory of `VramPlan.device`.   host: memory of the machine, beside it; where the device is the CPU both are
+    the same memory, and what a phase takes of it is their sum.
+    kept_bytes: of fetched units that stay on the device while there is room below `model.vram_limit`.
     """
 
     name: Phase
     components: tuple[str, ...]
-    device_bytes: int
-    host_bytes: int
+    device: MemoryParts
+    host: MemoryParts
+    kept_bytes: int = 0
+
+    @property
+    def device_bytes(self) -> int:
+        """Most bytes on the device at once; activations only where they were traced."""
+        return self.device.total_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        """Most bytes in host memory at once."""
+        return self.host.total_bytes
+
+    @property
+    def traced(self) -> bool:
+        """Whether activations are counted."""
+        return self.device.activations is not None
 
 
 class VramPlan(Frozen):

@@ -1,4 +1,4 @@
-"""Which components are in memory: loads what a phase of the plan needs and drops what it doesn't."""
+"""Which components are in memory: loads what a phase of the plan needs and lets go of what it doesn't."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from framework.plan.phases import stays_on_host
 from framework.plan.types import Phase, VramPlan
 from framework.runtime.load import ModuleBuilder, load_component
+from framework.storage.fetching import Fetcher
 
 
 class Residency:
     """Carries out a plan phase by phase.
 
     modules: component name -> loaded module, of the current phase and whatever trains.   phase: the current one.
-    A component that trains is loaded once and stays, for its weights exist nowhere else.
+    fetcher: brings offloaded weights of all components to the device.
+    A component that trains is loaded once and stays, for its weights exist nowhere else. A frozen one that rests in host
+    memory or on disk, and that a later phase needs again, goes into the state `offload`: nothing of it on the device.
     """
 
     def __init__(
@@ -33,6 +37,8 @@ class Residency:
         self.plan = plan
         self.modules: dict[str, nn.Module] = {}
         self.phase: Phase | None = None
+        self.fetcher = Fetcher(device, limit_bytes=plan.vram_limit_bytes)
+        self._offloaded: dict[str, nn.Module] = {}
         self._family = family
         self._device = device
         self._compute_dtype = compute_dtype
@@ -40,24 +46,38 @@ class Residency:
         self._on_progress = on_progress
 
     def enter(self, phase: Phase) -> None:
-        """Make the phase's components be there; frozen ones that it doesn't need are dropped first.
+        """Make the phase's components be there; frozen ones that it doesn't need are let go first.
 
         A dropped module is freed only if nobody else holds it. KeyError if the plan has no such phase.
         """
-        needed = self.plan.phase(phase).components
-        dropped = [name for name in self.modules if name not in needed and not self._stays(name)]
+        planned = self.plan.phase(phase)
+        dropped = [
+            name
+            for name in self.modules
+            if name not in planned.components and not self._stays(name)
+        ]
         for name in dropped:
-            del self.modules[name]
+            module = self.modules.pop(name)
+            self.fetcher.release(name)
+            if stays_on_host(self.plan, name):
+                self._offloaded[name] = module.to("cpu")
+        if any(name not in self._offloaded for name in dropped):
+            self.fetcher.forget()
         if dropped:
             self._free()
-        for name in needed:
-            if name not in self.modules:
+        for name in planned.components:
+            if name in self._offloaded:
+                self.modules[name] = self._offloaded.pop(name).to(self._device)
+            elif name not in self.modules:
                 self.modules[name] = self._load(name)
+        self.fetcher.keep(planned.kept_bytes)
         self.phase = phase
 
     def release(self) -> None:
         """Drop everything, what trains too, and give the device's memory back; for the end of a run."""
         self.modules.clear()
+        self._offloaded.clear()
+        self.fetcher.close()
         self._free()
 
     def _free(self) -> None:
@@ -78,5 +98,6 @@ class Residency:
             device=self._device,
             compute_dtype=self._compute_dtype,
             seed=self._seed,
+            fetcher=self.fetcher,
             on_progress=None if report is None else lambda count: report(name, count),
         )

@@ -21,8 +21,11 @@ from framework.schema.sweep import SweepSettings
 
 DRAFT = "http://json-schema.org/draft-07/schema#"
 WHOLE_RUN, RECIPE = "run", "recipe"
-GROUPS = ("model", "data", "objective", "optim", "trainer", "logger")
-"""Sections of a run of which conf/ holds a choice of files."""
+VRAM = "vram"
+"""The group whose files are laid over the recipe's `model` section and hold keys about storage alone."""
+
+GROUPS = ("model", "data", "objective", "optim", "trainer", "logger", VRAM)
+"""Groups of which conf/ holds a choice of files: sections of a run, and set-ups of where weights rest."""
 
 SWEEP_GROUPS = ("hydra/launcher", "hydra/sweeper")
 """Groups of settings that a sweep reads; each of their files has keys of its own."""
@@ -55,6 +58,9 @@ def json_schema(name: str) -> Json:
             "A recipe",
             "What a recipe sets; keys that it leaves out keep their value.",
         )
+    elif name == VRAM:
+        schema = _overlay(_storage_keys(run_schema()["properties"]["model"]), allow_text=False)
+        title, description = f"A choice of `{VRAM}`", _VRAM_DESCRIPTION
     elif name in GROUPS:
         schema = _overlay(run_schema()["properties"][name], allow_text=False)
         title, description = f"A choice of `{name}`", schema["description"]
@@ -172,6 +178,16 @@ def _section_classes(
             yield from _section_classes(inner, schema["properties"][key], key)
 
 
+def _storage_keys(model: Json) -> Json:
+    """The schema of the `model` section with only what says how weights rest and are fetched."""
+    kept = {
+        name: _storage_keys(part) if is_section(part) and name not in _STORAGE_KEYS else part
+        for name, part in model["properties"].items()
+        if name in _STORAGE_KEYS or "precision" in part.get("properties", {})
+    }
+    return {**model, "required": [], "properties": kept}
+
+
 def _overlay(schema: Json, *, allow_text: bool = True) -> Json:
     """Turn a strict schema into one for a file that is merged with others.
 
@@ -250,6 +266,12 @@ _READING_ORDER = (
     "items", "required", "additionalProperties", "properties", "patternProperties",
 )  # fmt: skip
 _ABOUT = ("title", "description", "markdownDescription", "default", "examples", UNIT)
+_STORAGE_KEYS = frozenset(
+    {"precision", "fp8", "offload", "granularity", "gradient_checkpointing", "vram_limit"}
+)
+_VRAM_DESCRIPTION = (
+    "Where frozen weights rest and how they are fetched; laid over the recipe's `model` section."
+)
 _KINDS = {
     "integer": "a whole number",
     "number": "a number",

@@ -41,6 +41,7 @@ def check_rules(
     if trains:
         errors += [
             *_trainable_rules(judged),
+            *_offload_rules(judged),
             *_optim_rules(judged),
             *_process_rules(judged),
             *_batch_rules(judged),
@@ -72,6 +73,20 @@ def _trainable_rules(judged: Judged) -> Iterator[Finding]:
                 f"or train every weight with {path}.precision=bf16.",
                 reads=(f"{path}.trainable",),
                 allowed=f"bf16 with {path}.trainable=full",
+            )
+
+
+def _offload_rules(judged: Judged) -> Iterator[Finding]:
+    for name, component in judged.config.model.components.items():
+        if component.trainable == "full" and component.offload != "none":
+            path = f"model.{name}"
+            yield judged.finding(
+                f"{path}.offload",
+                f"offload={component.offload} can't be combined with trainable=full: every step changes all weights, "
+                "so they must be where the optimizer is; only frozen weights are fetched and never written back",
+                hint=f"Set {path}.offload=none, or train an adapter on the offloaded weights with {path}.trainable=lora.",
+                reads=(f"{path}.trainable",),
+                allowed=f"none with {path}.trainable=full",
             )
 
 

@@ -33,6 +33,7 @@ _NEARLY_ALL = 0.5
 def check_unwanted(judged: Judged, *, trains: bool) -> Iterator[Finding]:
     """Yield everything that a person would want to be told of before waiting for it."""
     yield from _plain_fp8_cast(judged)
+    yield from _unused_offload_settings(judged)
     if trains:
         yield from _unused_lora(judged)
         yield from _unused_settings(judged)
@@ -56,6 +57,29 @@ def _plain_fp8_cast(judged: Judged) -> Iterator[Finding]:
                 reads=(f"model.{name}.precision",),
                 allowed="row or tensor for weights that aren't FP8 yet",
             )
+
+
+def _unused_offload_settings(judged: Judged) -> Iterator[Finding]:
+    model = judged.config.model
+    for name, component in model.components.items():
+        default = ComponentConfig.model_fields["granularity"].default
+        if component.offload == "none" and component.granularity != default:
+            yield judged.finding(
+                f"model.{name}.granularity",
+                f"is set but not used, because model.{name}.offload=none",
+                hint=f"Set model.{name}.offload=host to use it, or leave it out.",
+                code="unused",
+                reads=(f"model.{name}.offload",),
+            )
+    offloads = {f"model.{name}.offload": c.offload for name, c in model.components.items()}
+    if model.vram_limit is not None and set(offloads.values()) == {"none"}:
+        yield judged.finding(
+            "model.vram_limit",
+            "is set but has no effect, because no component is offloaded: all weights stay on the device whatever it says",
+            hint="Set model.dit.offload=host, so that layers are fetched where they don't fit below the limit.",
+            code="unused",
+            reads=tuple(offloads),
+        )
 
 
 def _unused_lora(judged: Judged) -> Iterator[Finding]:

@@ -3,25 +3,30 @@
 Codes are uint8 so that collectives, `module.to(dtype)`, adapter libraries and checkpoints leave them alone; they are
 viewed as `float8_e4m3fn` only where they are decoded.
 
-Letters: O output rows (dimension 0), I everything else.
+Letters: O output rows (dimension 0), I everything else; Ob, Ib blocks of rows and of columns that share a scale.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from typing import Literal
+from dataclasses import dataclass
+from math import ceil, isfinite, prod
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
-Scaling = Literal["row", "tensor", "none"]
+from framework.plan.types import BLOCK_SHAPE, Scaling, scale_shape
 
 E4M3_MAX = 448.0
 """Largest finite e4m3 value."""
 
-# Elements encoded at once, in one reused float32 buffer of 4 MB: fits a processor's cache, and no page of it is asked
-# for twice.
-_CHUNK_ELEMENTS = 1024 * 1024
+# Elements handled at once. On the host a chunk and its float32 copy stay in the processor's cache from the first
+# operation to the last, which makes encoding and decoding two to four times faster than passes over whole weights; on
+# an accelerator a larger one keeps it busy (a guess). Measured by benchmarks/fp8_decode.py.
+_CHUNK_ELEMENTS = 512 * 1024
+_ACCELERATOR_CHUNK_ELEMENTS = 16 * 1024 * 1024
 
 # Compute dtype -> (integer of the same width, left shift that puts e4m3's sign-extended exponent and mantissa in place,
 # mask of the sign and those 7 bits, power of two between the exponent biases).
@@ -32,60 +37,266 @@ _BIT_LAYOUTS: dict[torch.dtype, tuple[torch.dtype, int, int, float]] = {
 }
 
 
-def encode_e4m3(weight: Tensor, scaling: Scaling = "row") -> tuple[Tensor, Tensor | None]:
+def encode_e4m3(
+    weight: Tensor, scaling: Scaling = "row", block_shape: tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Store a frozen weight in one byte per element, so that a large model fits beside its adapter.
 
     weight: (O, ...), finite, any float dtype, any device; not modified.
-    Returns codes, uint8 of the same shape, and dequant_scale, float32: (O,) for "row", (1,) for "tensor", None for
-    "none"; weight ~= decode_e4m3(codes) * dequant_scale along dimension 0.
-    Error: at most 2**-4 relative for normal codes (3 mantissa bits) and scale * 2**-10 absolute below them; rows of
-    zeros are exact (scale 1).   Memory: O*I + 4*O bytes, and 4 MB while encoding (a row, if one is larger).
+    block_shape: rows and columns of (O, I) that share a scale, with "block"; None means `BLOCK_SHAPE`.
+    Returns codes, uint8 of the same shape, and dequant_scale, float32: (O,) for "row", (1,) for "tensor", (Ob, Ib) for
+    "block", None for "none"; weight ~= codes * dequant_scale, as `dequantise` multiplies them.
+    Error: at most 2**-4 relative for normal codes (3 mantissa bits) and scale * 2**-10 absolute below them; rows or
+    blocks of zeros are exact (scale 1).   Memory: O*I bytes, the scales, and 2 MB while encoding (a row, or a row of
+    blocks, if that is larger; 64 MB on an accelerator).
     Raises ValueError for weights that aren't finite in float32, and for "none" where one is above 448, which a plain
     cast can't hold.
     Source: Micikevicius et al. 2022, arXiv:2209.05433; bounds checked in tests/numerics.
     """
     if not weight.is_floating_point() or weight.ndim == 0:
         raise ValueError(f"can't store a {weight.ndim}-D tensor of {weight.dtype} in FP8")
-    rows = (
-        weight.detach().reshape(weight.shape[0], -1)
-        if weight.numel()
-        else weight.new_empty(weight.shape[0], 0)
-    )
+    rows = _as_matrix(weight.detach())
     codes = torch.empty(rows.shape, dtype=torch.uint8, device=weight.device)
-    largest = torch.zeros(rows.shape[0], dtype=torch.float32, device=weight.device)
-    for part, chunk in _chunks(rows):
-        largest[part] = torch.linalg.vector_norm(chunk, ord=float("inf"), dim=1)
-    dequant_scale = _dequant_scale(largest, scaling)
-    for part, chunk in _chunks(rows):
-        if dequant_scale is not None:
-            chunk.div_((dequant_scale[part] if scaling == "row" else dequant_scale)[:, None])
+    grid = _Grid.of(weight.shape, scaling, block_shape)
+    largest = torch.zeros(grid.blocks, dtype=torch.float32, device=weight.device)
+    scale = None
+    if scaling == "tensor":
+        for chunk in grid.chunks(weight.device):
+            largest.narrow(0, *chunk.blocks).copy_(_largest(chunk.load(rows)))
+        scale = _dequant_scale(largest.amax() if largest.numel() else largest.new_zeros(()))
+    for chunk in grid.chunks(weight.device):
+        values = chunk.load(rows)
+        if scaling != "tensor":
+            largest.narrow(0, *chunk.blocks).copy_(_largest(values))
+        if scaling in ("row", "block"):
+            scale = _dequant_scale(largest.narrow(0, *chunk.blocks))[:, None, :, None]
+        if scale is not None:
             # Rounding of the scale may carry the largest weight a hair past 448, which a cast would turn into NaN.
-            chunk.clamp_(-E4M3_MAX, E4M3_MAX)
-        codes[part].view(torch.float8_e4m3fn).copy_(chunk)
-    return codes.view(weight.shape), dequant_scale
+            values.div_(scale).clamp_(-E4M3_MAX, E4M3_MAX)
+        codes.narrow(0, *chunk.rows).view(torch.float8_e4m3fn).copy_(chunk.inside())
+    _refuse_unfit(largest, scaling)
+    shape = scale_shape(tuple(weight.shape), scaling, block_shape)
+    if shape is None:
+        return codes.view(weight.shape), None
+    every = scale if scaling == "tensor" else _dequant_scale(largest)
+    assert every is not None
+    return codes.view(weight.shape), every.reshape(shape)
 
 
-def decode_e4m3(codes: Tensor, dtype: torch.dtype) -> Tensor:
+def decode_e4m3(codes: Tensor, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
     """Turn codes into numbers without their scale; exact for every finite code in every float dtype.
 
-    codes: uint8, any shape; must hold no NaN code (0x7F, 0xFF: see `has_nan_codes`).   Returns a new tensor of `dtype`.
-    On the CPU the bits are moved by integer operations, 3 to 4 times faster than torch's cast: an e4m3 number shifted
+    codes: uint8, any shape; must hold no NaN code (0x7F, 0xFF: see `has_nan_codes`).
+    out: tensor of the same shape, device and `dtype` to write into; None allocates one.   Returns it.
+    On the CPU the bits are moved by integer operations, several times faster than torch's cast: an e4m3 number shifted
     into the place of a wider format differs from it by a power of two only. Its subnormals pass through subnormals of
-    the wide format, so where the processor flushes those to zero torch's cast is used. Apple's GPU has no FP8 format;
-    it looks each code up in a table of 256 numbers.
+    the wide format; where the processor flushes those to zero, everything passes through float16, whose subnormals no
+    conversion flushes. Apple's GPU has no FP8 format; it looks each code up in a table of 256 numbers.
+    Memory: the result, and 3 MB where denormals are flushed.
     Source: measured by benchmarks/fp8_decode.py.
     """
-    layout = _BIT_LAYOUTS.get(dtype)
-    if layout is None:
-        return decode_e4m3(codes, torch.float32).to(dtype)
+    if out is None:
+        out = torch.empty_like(codes, dtype=dtype)
+    elif out.shape != codes.shape or out.dtype != dtype:
+        raise ValueError(
+            f"codes {tuple(codes.shape)} don't fit into {out.dtype} {tuple(out.shape)}"
+        )
     if codes.device.type == "mps":
-        return _look_up(codes, dtype)
-    if codes.device.type != "cpu" or _denormals_are_flushed():
-        return codes.view(torch.float8_e4m3fn).to(dtype)
-    integer, shift, mask, factor = layout
-    bits = codes.view(torch.int8).to(integer)
+        return out.copy_(_look_up(codes, dtype))
+    if codes.device.type != "cpu":
+        return _copy_(out, codes.view(torch.float8_e4m3fn))
+    if dtype not in _BIT_LAYOUTS:
+        return out.copy_(decode_e4m3(codes, torch.float32))
+    through_half = dtype != torch.float16 and _denormals_are_flushed()
+    for source, target in _flat_chunks(codes, out):
+        if through_half:
+            target.copy_(_move_bits_(source, torch.empty_like(source, dtype=torch.float16)).float())
+        else:
+            _move_bits_(source, target)
+    return out
+
+
+def dequantise(
+    codes: Tensor,
+    dequant_scale: Tensor | None,
+    dtype: torch.dtype,
+    block_shape: tuple[int, int] | None = None,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Give back the whole weight, scale included, rounded once to `dtype`.
+
+    codes: (O, ...) uint8.   dequant_scale: float32, (O,), (1,), (Ob, Ib), or None.
+    block_shape: rows and columns that share a scale, where the scale has two dimensions; None means `BLOCK_SHAPE`.
+    out: tensor of the codes' shape and `dtype` to write into; None allocates one.   Returns it.
+    Memory: the result, and 2 MB (a row, or a row of blocks, if that is larger; 64 MB on an accelerator).
+    """
+    if dequant_scale is None:
+        return decode_e4m3(codes, dtype, out=out)
+    scaling: Scaling = "block" if dequant_scale.ndim == 2 else "row"
+    if scaling == "row" and dequant_scale.shape[0] == 1:
+        scaling = "tensor"
+    expected = scale_shape(tuple(codes.shape), scaling, block_shape)
+    if tuple(dequant_scale.shape) != expected:
+        raise ValueError(
+            f"a scale {tuple(dequant_scale.shape)} doesn't belong to codes {tuple(codes.shape)}"
+        )
+    result = torch.empty(codes.shape, dtype=dtype, device=codes.device) if out is None else out
+    source, target = _as_matrix(codes), result.view(codes.shape[0], prod(codes.shape[1:]))
+    grid = _Grid.of(codes.shape, scaling, block_shape)
+    wide = torch.promote_types(dtype, torch.float32)
+    for chunk in grid.chunks(codes.device, wide):
+        decode_e4m3(source.narrow(0, *chunk.rows), wide, out=chunk.inside())
+        scale = dequant_scale
+        if scaling != "tensor":
+            scale = scale.narrow(0, *chunk.blocks)
+        chunk.values.mul_(scale.reshape(scale.shape[0], 1, -1, 1))
+        _copy_(target.narrow(0, *chunk.rows), chunk.inside())
+        if isinstance(codes, FakeTensor):
+            break
+    return result
+
+
+def has_nan_codes(codes: Tensor) -> bool:
+    """Whether one of the two NaN codes is present, as it may be in an FP8 file that somebody else wrote.
+
+    codes: uint8, any shape.
+    """
+    flat = codes.reshape(-1)
+    step = _chunk_elements(codes.device)
+    return any(
+        bool(part.bitwise_and(0x7F).amax() == 0x7F) for part in flat.split(step) if part.numel()
+    )
+
+
+def _dequant_scale(largest: Tensor) -> Tensor:
+    """Largest magnitude over 448; 1 where everything is zero.
+
+    largest: float32 of any shape, magnitude of the largest weight that will share each scale.
+    """
+    # The smallest normal number keeps the division finite for rows of subnormal weights.
+    scale = (largest / E4M3_MAX).clamp_(min=torch.finfo(torch.float32).tiny)
+    return torch.where(largest == 0, torch.ones_like(scale), scale)
+
+
+def _refuse_unfit(largest: Tensor, scaling: Scaling) -> None:
+    """Raise ValueError for what can't be encoded.   largest: float32, magnitudes of the largest weights."""
+    top = float(largest.amax()) if largest.numel() else 0.0
+    if not isfinite(top):
+        raise ValueError("weights that aren't finite can't be stored in FP8")
+    if scaling == "none" and top > E4M3_MAX:
+        raise ValueError(f"a weight of {top:g} is above {E4M3_MAX:g}, the largest FP8 number")
+
+
+def _largest(values: Tensor) -> Tensor:
+    """Largest magnitude in each block, NaN where a block holds one.   values: (Ob, rows, Ib, columns) -> (Ob, Ib)."""
+    # Two reductions are quicker than one over magnitudes, and than any norm.
+    top, bottom = values.amax(3).amax(1), values.amin(3).amin(1)
+    return torch.maximum(top, bottom.neg_())
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Blocks of a matrix that share a scale, taken some rows of blocks at a time.
+
+    size: (O, I).   block: rows and columns of one.   blocks: (Ob, Ib).
+    """
+
+    size: tuple[int, int]
+    block: tuple[int, int]
+    blocks: tuple[int, int]
+
+    @classmethod
+    def of(cls, shape: torch.Size, scaling: Scaling, block_shape: tuple[int, int] | None) -> _Grid:
+        """Rows are blocks one row high, also where no scale or a single one is wanted."""
+        count, width = shape[0], prod(shape[1:])
+        if scaling != "block":
+            return cls((count, width), (1, max(1, width)), (count, 1))
+        high, wide = block_shape or BLOCK_SHAPE
+        if min(high, wide) < 1:
+            raise ValueError(f"a block of {high} x {wide} holds no weight")
+        return cls((count, width), (high, wide), (ceil(count / high), ceil(width / wide)))
+
+    def chunks(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Iterator[_Chunk]:
+        """Cover the matrix from top to bottom; all chunks share one buffer of `dtype`."""
+        (count, width), (high, wide) = self.size, self.block
+        if not (count and width):
+            return
+        at_once = max(1, _chunk_elements(device) // (high * self.blocks[1] * wide))
+        at_once = min(at_once, self.blocks[0])
+        size = (at_once, high, self.blocks[1], wide)
+        # Cells beyond the matrix's right edge are never written: zeros, which change no maximum.
+        exact = self.blocks[1] * wide == width
+        buffer = (torch.empty if exact else torch.zeros)(size, dtype=dtype, device=device)
+        for first in range(0, self.blocks[0], at_once):
+            last = min(first + at_once, self.blocks[0])
+            rows = (first * high, min(last * high, count) - first * high)
+            blocks = (first, last - first)
+            yield _Chunk(rows, blocks, width, buffer.narrow(0, 0, last - first))
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Some rows of a matrix, as whole blocks in a buffer that the next chunk overwrites.
+
+    rows: the first one and their number.   blocks: the first row of blocks and the number of such rows.
+    values: (blocks, rows, Ib, columns).
+    """
+
+    rows: tuple[int, int]
+    blocks: tuple[int, int]
+    width: int
+    values: Tensor
+
+    def load(self, matrix: Tensor) -> Tensor:
+        """Fill the buffer from the matrix (O, I), and with zeros below its last row; returns it."""
+        self.inside().copy_(matrix.narrow(0, *self.rows))
+        self._flat()[self.rows[1] :].zero_()
+        return self.values
+
+    def inside(self) -> Tensor:
+        """The part of the buffer that belongs to the matrix, (rows, I)."""
+        return self._flat().narrow(0, 0, self.rows[1]).narrow(1, 0, self.width)
+
+    def _flat(self) -> Tensor:
+        return self.values.view(self.values.shape[0] * self.values.shape[1], -1)
+
+
+def _move_bits_(codes: Tensor, out: Tensor) -> Tensor:
+    """Decode into `out` by integer operations within its own memory."""
+    integer, shift, mask, factor = _BIT_LAYOUTS[out.dtype]
+    bits = out.view(integer)
+    bits.copy_(codes.view(torch.int8))
     bits.bitwise_left_shift_(shift).bitwise_and_(mask)
-    return bits.view(dtype).mul_(factor)
+    return out.mul_(factor)
+
+
+def _flat_chunks(codes: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both tensors some elements at a time, in one order.
+
+    Of a fake tensor, which has a size and no values, one chunk stands for all.
+    """
+    step = _chunk_elements(codes.device)
+    if codes.numel() <= step or not (codes.is_contiguous() and out.is_contiguous()):
+        yield codes, out
+        return
+    sources, targets = codes.view(-1), out.view(-1)
+    for start in range(0, 1 if isinstance(codes, FakeTensor) else sources.numel(), step):
+        yield sources[start : start + step], targets[start : start + step]
+
+
+def _copy_(out: Tensor, source: Tensor) -> Tensor:
+    """`out.copy_(source)`, also for fake tensors of a device that this build of torch has no support for."""
+    copied: Tensor = torch.ops.aten.copy_.default(out, source)
+    return copied
+
+
+def _chunk_elements(device: torch.device) -> int:
+    return _CHUNK_ELEMENTS if device.type == "cpu" else _ACCELERATOR_CHUNK_ELEMENTS
+
+
+def _as_matrix(tensor: Tensor) -> Tensor:
+    return tensor.reshape(tensor.shape[0], prod(tensor.shape[1:]))
 
 
 def _look_up(codes: Tensor, dtype: torch.dtype) -> Tensor:
@@ -94,59 +305,6 @@ def _look_up(codes: Tensor, dtype: torch.dtype) -> Tensor:
     return table.to(codes.device).index_select(0, codes.reshape(-1).int()).view(codes.shape)
 
 
-def has_nan_codes(codes: Tensor) -> bool:
-    """Whether one of the two NaN codes is present, as it may be in an FP8 file that somebody else wrote.
-
-    codes: uint8, any shape.
-    """
-    return bool((codes.bitwise_and(0x7F) == 0x7F).any())
-
-
-def dequantise(codes: Tensor, dequant_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Give back the whole weight, scale included, rounded once to `dtype`.
-
-    codes: (O, ...) uint8.   dequant_scale: (O,) or (1,) float32, or None.
-    """
-    if dequant_scale is None:
-        return decode_e4m3(codes, dtype)
-    wide = torch.promote_types(dtype, torch.float32)
-    return decode_e4m3(codes, wide).mul_(_per_row(dequant_scale, codes.ndim)).to(dtype)
-
-
-def _dequant_scale(largest: Tensor, scaling: Scaling) -> Tensor | None:
-    """Largest magnitude over 448, per row or for all; refuses what can't be encoded.
-
-    largest: (O,) float32, magnitude of each row's largest weight.
-    """
-    if not bool(torch.isfinite(largest).all()):
-        raise ValueError("weights that aren't finite can't be stored in FP8")
-    if scaling == "none":
-        top = float(largest.max()) if largest.numel() else 0.0
-        if top > E4M3_MAX:
-            raise ValueError(f"a weight of {top:g} is above {E4M3_MAX:g}, the largest FP8 number")
-        return None
-    if scaling == "tensor":
-        largest = largest.amax().reshape(1) if largest.numel() else largest.new_zeros(1)
-    # The smallest normal number keeps the division finite for rows of subnormal weights.
-    scale = (largest / E4M3_MAX).clamp_(min=torch.finfo(torch.float32).tiny)
-    return torch.where(largest == 0, torch.ones_like(scale), scale)
-
-
-def _chunks(rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Some rows at a time as float32, in a buffer that the next ones overwrite.   rows: (O, I)."""
-    count, width = rows.shape
-    step = max(1, _CHUNK_ELEMENTS // max(1, width))
-    buffer = torch.empty(min(step, count), width, dtype=torch.float32, device=rows.device)
-    for start in range(0, count if width else 0, step):
-        part = slice(start, min(start + step, count))
-        yield part, buffer[: part.stop - start].copy_(rows[part])
-
-
-def _per_row(scale: Tensor, ndim: int) -> Tensor:
-    """Shape (O,) or (1,) so that it multiplies dimension 0 of an `ndim`-dimensional tensor."""
-    return scale.reshape(-1, *([1] * (ndim - 1)))
-
-
 def _denormals_are_flushed() -> bool:
-    """Whether this thread's processor mode turns subnormal float32 numbers into zero."""
-    return bool(torch.tensor(2.0**-130).mul(2.0).item() == 0.0)
+    """Whether this thread's processor mode turns subnormal numbers into zero; Python's floats show it at no cost."""
+    return sys.float_info.min * 0.5 == 0.0

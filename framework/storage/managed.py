@@ -1,9 +1,9 @@
-"""Layers whose frozen weight rests as FP8 codes and is decoded only while it is used.
+"""Layers whose frozen weight rests in FP8, in host memory or on disk, and is on the device as numbers only while used.
 
 The usual way, decoding in `forward` and calling `linear`, makes autograd keep the decoded copy of every weight until
 the backward pass, so that FP8 costs more memory than bf16 (measured: up to 1.16 of it). Here each product is one
-autograd function that decodes in forward, lets go, and decodes again in backward. It saves codes and scale, which exist
-anyway, and nothing of its input, because a frozen weight needs no gradient.
+autograd function that fetches and decodes in forward, lets go, and does so again in backward. It saves a handle to the
+stored weight, and nothing of its input, because a frozen weight needs no gradient.
 
 Layers are made in place by `convert_layer_`, so that a published model class keeps its structure, names and types.
 
@@ -21,8 +21,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from framework.storage.fp8 import Scaling, dequantise, encode_e4m3
+from framework.plan.types import BLOCK_SHAPE, Scaling, scale_shape
+from framework.storage.fp8 import encode_e4m3
 from framework.storage.products import ManagedConvolution, ManagedProduct
+from framework.storage.weights import OffloadedSource, StoredWeight, WeightSource
 
 _only_described: ContextVar[bool] = ContextVar("only_described", default=False)
 
@@ -41,16 +43,29 @@ def described_weights() -> Iterator[None]:
 
 
 class ManagedWeight(nn.Module):
-    """What all managed layers share: two buffers instead of the parameter `weight`.
+    """What all managed layers share instead of the parameter `weight`.
 
-    codes: (O, ...) uint8.   dequant_scale: (O,) or (1,) float32, or None (no buffer) for a plain cast.
-    weight_dtype: number format in which `weight` is given to code that asks for it; follows `module.to(dtype)`,
-    while codes and scale keep their formats whatever is called on the module.
+    A weight that rests on the device is two buffers: codes, (O, ...) uint8, and dequant_scale, float32, (O,), (1,) or
+    (row blocks, column blocks), or None for a plain cast. One that rests elsewhere is a source alone, which no
+    `module.to`, state dict or collective sees.
+    weight_shape: of the weight.   weight_dtype: number format in which `weight` is given to code that asks for it;
+    follows `module.to(dtype)`, while codes and scale keep their formats whatever is called on the module.
     """
 
-    codes: Tensor
+    codes: Tensor | None
     dequant_scale: Tensor | None
+    block_shape: tuple[int, int] | None
+    weight_shape: torch.Size
     weight_dtype: torch.dtype
+    offloaded: OffloadedSource | None
+
+    @property
+    def source(self) -> WeightSource:
+        """Where products have the weight from."""
+        if self.offloaded is not None:
+            return self.offloaded
+        assert self.codes is not None
+        return StoredWeight(self.codes, self.dequant_scale, self.block_shape)
 
     @property
     def weight(self) -> Tensor:
@@ -60,16 +75,20 @@ class ManagedWeight(nn.Module):
         Inside `described_weights` it is a stand-in.
         """
         if _only_described.get():
-            stand_in = torch.zeros((), dtype=self.weight_dtype, device=self.codes.device)
-            return stand_in.expand(self.codes.shape)
+            resting = self.codes if self.offloaded is None else self.offloaded
+            assert resting is not None
+            device = resting.device
+            stand_in = torch.zeros((), dtype=self.weight_dtype, device=device)
+            return stand_in.expand(self.weight_shape)
         with torch.no_grad():
-            return dequantise(self.codes, self.dequant_scale, self.weight_dtype)
+            weight = self.source.fetch().decoded(self.weight_dtype)
+            return weight if self.offloaded is None else weight.clone()
 
     def store_(self, codes: Tensor, dequant_scale: Tensor | None) -> None:
         """Put codes and scale in place; shapes must be those that the layer was made for."""
         expected = None if self.dequant_scale is None else self.dequant_scale.shape
         found = None if dequant_scale is None else dequant_scale.shape
-        if codes.shape != self.codes.shape or found != expected:
+        if self.offloaded is not None or codes.shape != self.weight_shape or found != expected:
             raise ValueError(f"codes {tuple(codes.shape)} with scale {found} don't fit into {self}")
         if codes.dtype != torch.uint8:
             raise ValueError(f"codes must be uint8, not {codes.dtype}")
@@ -77,10 +96,10 @@ class ManagedWeight(nn.Module):
         self.dequant_scale = dequant_scale
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        before = {name: self._buffers[name] for name in ("codes", "dequant_scale")}
+        before = {name: self._buffers.get(name) for name in ("codes", "dequant_scale")}
         super()._apply(fn, recurse)
         for name, old in before.items():
-            new = self._buffers[name]
+            new = self._buffers.get(name)
             if old is not None and new is not None and new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)
         # What the call does to a floating-point weight of this layer is seen on an empty one.
@@ -100,7 +119,7 @@ class ManagedLinear(ManagedWeight, nn.Linear):  # type: ignore[override]
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., I) -> (..., O) in autocast's dtype, or x's."""
         x = x.to(self._compute_dtype(x))
-        y: Tensor = ManagedProduct.apply(x, self.codes, self.dequant_scale, self.bias)
+        y: Tensor = ManagedProduct.apply(x, self.source, self.bias)
         return y
 
 
@@ -116,11 +135,9 @@ class _ManagedConv(ManagedWeight):
         """x: (B, C, ...) -> (B, O, ...) in autocast's dtype, or x's."""
         x = x.to(self._compute_dtype(x))
         geometry = (self.stride, self.padding, self.dilation, self.groups)
-        batched = x if x.ndim == self.codes.ndim else x.unsqueeze(0)
-        y: Tensor = ManagedConvolution.apply(
-            batched, self.codes, self.dequant_scale, self.bias, geometry
-        )
-        return y if x.ndim == self.codes.ndim else y.squeeze(0)
+        batched = x if x.ndim == len(self.weight_shape) else x.unsqueeze(0)
+        y: Tensor = ManagedConvolution.apply(batched, self.source, self.bias, geometry)
+        return y if x.ndim == len(self.weight_shape) else y.squeeze(0)
 
 
 class ManagedConv2d(_ManagedConv, nn.Conv2d):  # type: ignore[override]
@@ -141,12 +158,19 @@ class ManagedEmbedding(ManagedWeight, nn.Embedding):  # type: ignore[override]
     def forward(self, ids: Tensor) -> Tensor:
         """ids: integers of any shape (...) -> (..., D) in `weight_dtype`."""
         flat = ids.reshape(-1)
-        rows = self.codes.index_select(0, flat)
-        scale = self.dequant_scale
-        if scale is not None and scale.shape[0] != 1:
-            scale = scale.index_select(0, flat)
-        values = dequantise(rows, scale, self.weight_dtype)
-        return values.reshape(*ids.shape, self.embedding_dim)
+        stored = self.source.fetch()
+        values = stored.values.index_select(0, flat)
+        scale = stored.dequant_scale
+        if scale is not None and scale.ndim == 2:
+            assert stored.block_shape is not None
+            height, width = stored.block_shape
+            scale = scale.index_select(0, flat // height)
+            rows = StoredWeight(values, scale, (1, width))
+        else:
+            if scale is not None and scale.shape[0] != 1:
+                scale = scale.index_select(0, flat)
+            rows = StoredWeight(values, scale)
+        return rows.decoded(self.weight_dtype).reshape(*ids.shape, self.embedding_dim)
 
 
 _MANAGED: tuple[tuple[type[nn.Module], type[ManagedWeight]], ...] = (
@@ -158,37 +182,73 @@ _MANAGED: tuple[tuple[type[nn.Module], type[ManagedWeight]], ...] = (
 
 
 def convert_layer_(
-    module: nn.Module, *, scaling: Scaling = "row", weight_dtype: torch.dtype | None = None
+    module: nn.Module,
+    *,
+    scaling: Scaling = "row",
+    block_shape: tuple[int, int] | None = None,
+    weight_dtype: torch.dtype | None = None,
 ) -> ManagedWeight:
-    """Turn a linear, convolution or embedding layer into its managed form, in place.
+    """Turn a linear, convolution or embedding layer into its managed form with an FP8 weight on the device, in place.
 
     module: its `weight` is encoded, or, on the meta device, replaced by meta buffers for `store_` to fill.
     weight_dtype: number format that the layer's weight has for the outside; None means that of `weight` now.
-    A subclass
-    (a convolution that pads its own input, say) keeps its methods: what it reaches by `super().forward` is managed.
-    Returns the same object.   Raises TypeError for other layers, ValueError for settings that a managed layer lacks.
+    A subclass (a convolution that pads its own input, say) keeps its methods: what it reaches by `super().forward` is
+    managed.   Returns the same object.
+    Raises TypeError for other layers, ValueError for settings that a managed layer lacks.
     """
-    managed = next((m for plain, m in _MANAGED if isinstance(module, plain)), None)
-    if managed is None or isinstance(module, ManagedWeight):
-        raise TypeError(f"{type(module).__name__} can't be stored in FP8")
-    _refuse_unsupported(module)
+    managed = _managed_form(module)
     weight: Any = module.weight
+    if scaling == "block":
+        block_shape = block_shape or BLOCK_SHAPE
     if weight.device.type == "meta":
         codes: Tensor = torch.empty(weight.shape, dtype=torch.uint8, device="meta")
-        rows = {"row": weight.shape[0], "tensor": 1, "none": 0}[scaling]
-        scale = torch.empty(rows, dtype=torch.float32, device="meta") if rows else None
+        shape = scale_shape(tuple(weight.shape), scaling, block_shape)
+        scale = None if shape is None else torch.empty(shape, dtype=torch.float32, device="meta")
     else:
-        codes, scale = encode_e4m3(weight, scaling)
+        codes, scale = encode_e4m3(weight, scaling, block_shape)
+    layer = _become_(module, managed, weight_dtype)
+    layer.register_buffer("codes", codes)
+    layer.register_buffer("dequant_scale", scale)
+    layer.block_shape = block_shape if scaling == "block" else None
+    return layer
+
+
+def offload_layer_(
+    module: nn.Module, source: OffloadedSource, *, weight_dtype: torch.dtype | None = None
+) -> ManagedWeight:
+    """Turn a layer into its managed form with a weight that rests elsewhere, in place; its own weight is dropped.
+
+    source: gives the weight.   weight_dtype, what is returned and raised: as for `convert_layer_`.
+    """
+    layer = _become_(module, _managed_form(module), weight_dtype)
+    layer.codes = layer.dequant_scale = layer.block_shape = None
+    layer.offloaded = source
+    return layer
+
+
+def _managed_form(module: nn.Module) -> type[ManagedWeight]:
+    managed = next((m for plain, m in _MANAGED if isinstance(module, plain)), None)
+    if managed is None or isinstance(module, ManagedWeight):
+        raise TypeError(f"{type(module).__name__} can't be stored in FP8 or offloaded")
+    _refuse_unsupported(module)
+    return managed
+
+
+def _become_(
+    module: nn.Module, managed: type[ManagedWeight], weight_dtype: torch.dtype | None
+) -> ManagedWeight:
+    weight: Any = module.weight
     del module._parameters["weight"]
     module.__class__ = _managed_class(type(module), managed)  # type: ignore[arg-type]
-    module.register_buffer("codes", codes)
-    module.register_buffer("dequant_scale", scale)
-    module.weight_dtype = weight_dtype or weight.dtype  # type: ignore[assignment]
-    return module  # type: ignore[return-value]
+    assert isinstance(module, ManagedWeight)
+    module.weight_shape = weight.shape
+    module.weight_dtype = weight_dtype or weight.dtype
+    module.offloaded = None
+    return module
 
 
 def is_managed(module: nn.Module) -> bool:
-    """Whether the layer's weight rests as FP8 codes."""
+    """Whether the layer's weight rests in FP8 or elsewhere than on the device."""
     return isinstance(module, ManagedWeight)
 
 
@@ -203,7 +263,9 @@ def _managed_class(plain: type[nn.Module], managed: type[ManagedWeight]) -> type
 
 def _refuse_unsupported(module: nn.Module) -> None:
     def refuse(what: str) -> NoReturn:
-        raise ValueError(f"a {type(module).__name__} with {what} can't be stored in FP8")
+        raise ValueError(
+            f"a {type(module).__name__} with {what} can't be stored in FP8 or offloaded"
+        )
 
     if isinstance(module, nn.Conv2d | nn.Conv3d):
         if module.padding_mode != "zeros":

@@ -1,4 +1,7 @@
-"""The arithmetic of managed layers: products with a frozen FP8 weight that keep no decoded copy of it.
+"""The arithmetic of managed layers: products with a frozen, stored weight that keep no copy of it for backward.
+
+A product is given the weight's source, not the weight: forward fetches, decodes, multiplies and lets go, and backward
+does so again. So FP8 and offload are worth as much in training as at rest.
 
 The dequantisation scale belongs to an output channel, so it multiplies the output, in float32, and the incoming
 gradient: one pass over an output instead of one over the weight. In bf16 that costs one more rounding of the output and
@@ -17,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from framework.storage.fp8 import decode_e4m3
+from framework.storage.weights import WeightSource
 
 Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
 """stride, padding, dilation, groups of a convolution."""
@@ -27,25 +31,25 @@ _FP16_FACTOR = 2.0**8
 
 
 class ManagedProduct(torch.autograd.Function):
-    """y = x W^T + b with W = codes * dequant_scale; W is decoded anew for the gradient of x.
+    """y = x W^T + b with a stored W; it is fetched and decoded anew for the gradient of x.
 
-    x: (..., I) floating.   codes: (O, I) uint8.   dequant_scale: (O,) or (1,) float32 or None.   bias: (O,) or None.
+    x: (..., I) floating.   source: of W (O, I).   bias: (O,) or None.
     Returns (..., O) in x's dtype. Gradients for x and bias only.
-    Saves codes and dequant_scale, not copies of them.   Memory: one decoded weight while it runs.
+    Saves nothing but the source.   Memory: one decoded weight while it runs.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, codes: Tensor, dequant_scale: Tensor | None, bias: Tensor | None
-    ) -> Tensor:
-        """Decode, multiply, let go."""
-        weight, scale = _fetch(codes, dequant_scale, x.dtype)
-        y = functional.linear(x, weight)
+    def forward(ctx: Any, x: Tensor, source: WeightSource, bias: Tensor | None) -> Tensor:
+        """Fetch, decode, multiply, let go."""
+        weight, scale = _prepare(source, x.dtype)
+        # Without a scale the bias is added before the sum is rounded, as a plain layer does.
+        fused_bias = bias.to(x.dtype) if bias is not None and scale is None else None
+        y = functional.linear(x, weight, fused_bias)
         if scale is not None:
             y.mul_(scale)
-        if bias is not None:
-            y.add_(bias)
-        ctx.save_for_backward(codes, dequant_scale)
+            if bias is not None:
+                y.add_(bias)
+        ctx.source = source
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
@@ -53,47 +57,42 @@ class ManagedProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         """grad_x = (grad_y * scale) codes."""
-        codes, dequant_scale = ctx.saved_tensors
         grad_x = grad_bias = None
-        if ctx.needs_input_grad[3]:
+        if ctx.needs_input_grad[2]:
             grad_bias = grad_y.flatten(0, -2).sum(0).to(ctx.bias_dtype)
         if ctx.needs_input_grad[0]:
-            weight, scale = _fetch(codes, dequant_scale, grad_y.dtype)
+            weight, scale = _prepare(ctx.source, grad_y.dtype)
             if scale is not None:
                 grad_y = (grad_y * scale).to(grad_y.dtype)
             grad_x = grad_y.matmul(weight)
-        return grad_x, None, None, grad_bias
+        return grad_x, None, grad_bias
 
 
 class ManagedConvolution(torch.autograd.Function):
-    """A 2-D or 3-D convolution with W = codes * dequant_scale; W is decoded anew for the gradient of x.
+    """A 2-D or 3-D convolution with a stored W; it is fetched and decoded anew for the gradient of x.
 
-    x: (B, C, ...) floating.   codes: (O, C / groups, ...) uint8.   dequant_scale: (O,) or (1,) float32 or None.
-    bias: (O,) or None.   Returns (B, O, ...) in x's dtype. Gradients for x and bias only.
-    Saves codes and dequant_scale, not copies of them.   Memory: one decoded weight while it runs.
+    x: (B, C, ...) floating.   source: of W (O, C / groups, ...).   bias: (O,) or None.
+    Returns (B, O, ...) in x's dtype. Gradients for x and bias only.
+    Saves nothing but the source.   Memory: one decoded weight while it runs.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        codes: Tensor,
-        dequant_scale: Tensor | None,
-        bias: Tensor | None,
-        geometry: Geometry,
+        ctx: Any, x: Tensor, source: WeightSource, bias: Tensor | None, geometry: Geometry
     ) -> Tensor:
-        """Decode, convolve, let go."""
+        """Fetch, decode, convolve, let go."""
         stride, padding, dilation, groups = geometry
-        weight, scale = _fetch(codes, dequant_scale, x.dtype)
+        weight, scale = _prepare(source, x.dtype)
         no_output_padding = [0] * len(stride)
+        fused_bias = bias.to(x.dtype) if bias is not None and scale is None else None
         y: Tensor = torch.ops.aten.convolution(
-            x, weight, None, stride, padding, dilation, False, no_output_padding, groups
+            x, weight, fused_bias, stride, padding, dilation, False, no_output_padding, groups
         )
         if scale is not None:
             y.mul_(_per_channel(scale, y.ndim))
-        if bias is not None:
-            y.add_(_per_channel(bias, y.ndim))
-        ctx.save_for_backward(codes, dequant_scale)
+            if bias is not None:
+                y.add_(_per_channel(bias, y.ndim))
+        ctx.source = source
         ctx.geometry = geometry
         ctx.x_shape = x.shape
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -103,13 +102,12 @@ class ManagedConvolution(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         """The transposed convolution of grad_y * scale."""
-        codes, dequant_scale = ctx.saved_tensors
         grad_x = grad_bias = None
-        if ctx.needs_input_grad[3]:
+        if ctx.needs_input_grad[2]:
             grad_bias = grad_y.transpose(0, 1).flatten(1).sum(1).to(ctx.bias_dtype)
         if ctx.needs_input_grad[0]:
             stride, padding, dilation, groups = ctx.geometry
-            weight, scale = _fetch(codes, dequant_scale, grad_y.dtype)
+            weight, scale = _prepare(ctx.source, grad_y.dtype)
             if scale is not None:
                 grad_y = (grad_y * _per_channel(scale, grad_y.ndim)).to(grad_y.dtype)
             # Only the shape of x matters for its gradient: one element stands for all of it.
@@ -127,19 +125,24 @@ class ManagedConvolution(torch.autograd.Function):
                 groups,
                 [True, False, False],
             )[0]
-        return grad_x, None, None, grad_bias, None
+        return grad_x, None, grad_bias, None
 
 
-def _fetch(
-    codes: Tensor, dequant_scale: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    """Bring a stored weight to its computation placement: decoded codes, and what the output is multiplied with."""
-    weight = decode_e4m3(codes, dtype)
-    if dequant_scale is not None and dtype == torch.float16:
-        return weight.mul_(1 / _FP16_FACTOR), dequant_scale * _FP16_FACTOR
-    if dequant_scale is not None and dtype == torch.float64:
-        return weight, dequant_scale.double()
-    return weight, dequant_scale
+def _prepare(source: WeightSource, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Bring a stored weight to its computation state: numbers in `dtype`, and what the output is multiplied with.
+
+    A scale per output, or one for all, multiplies the output; one per block belongs into the weight.
+    """
+    stored = source.fetch()
+    scale = stored.dequant_scale
+    if not stored.is_encoded or (scale is not None and scale.ndim == 2):
+        return stored.decoded(dtype), None
+    weight = decode_e4m3(stored.values, dtype)
+    if scale is not None and dtype == torch.float16:
+        return weight.mul_(1 / _FP16_FACTOR), scale * _FP16_FACTOR
+    if scale is not None and dtype == torch.float64:
+        return weight, scale.double()
+    return weight, scale
 
 
 def _per_channel(values: Tensor, ndim: int) -> Tensor:

@@ -396,12 +396,12 @@ def test_the_published_transformer_class_in_fp8(tiny_checkpoint: Path, checkpoin
 def test_attaching_a_lora_decodes_nothing_and_a_dora_only_for_the_norm(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from framework.storage import managed
+    from framework.storage import weights
 
     decoded: list[int] = []
-    original = managed.dequantise
+    original = weights.dequantise
     monkeypatch.setattr(
-        managed,
+        weights,
         "dequantise",
         lambda codes, *rest: (decoded.append(codes.numel()), original(codes, *rest))[1],
     )

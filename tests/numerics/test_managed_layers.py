@@ -156,7 +156,7 @@ def test_embedding_decodes_the_rows_that_are_looked_up(
     table = managed.weight
     ids = torch.tensor([[3, 0, 49], [3, 7, 1]])
     decoded: list[int] = []
-    from framework.storage import managed as module
+    from framework.storage import weights as module
 
     original = module.dequantise
     monkeypatch.setattr(

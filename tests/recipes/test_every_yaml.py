@@ -13,6 +13,7 @@ import yaml
 from framework.compose import Composition, compose_run, read_sweep
 from framework.plan.build import build_run_plan
 from framework.schema import RunConfig
+from framework.schema.json_schema import VRAM
 from framework.schema.names import known_paths
 from framework.schema.validate import validate
 
@@ -99,10 +100,11 @@ def test_an_option_of_a_group_is_valid(path: Path, monkeypatch: pytest.MonkeyPat
     )  # extras needn't be installed
     group = path.parent.relative_to(ROOT / "conf").as_posix()
     given = ["logger.wandb.project=x"] if path.stem == "wandb" else []
+    section = "model" if group == VRAM else group
     composition = composed(["recipe=pocket_lora", f"{group}={path.stem}", *GIVEN, *given])
     validate(composition.values, composition.where)
     values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    written = [f"{group}.{leaf}" for leaf in leaves(values)]
+    written = [f"{section}.{leaf}" for leaf in leaves(values)]
     assert set(written) <= set(known_paths(RunConfig)), "a key that the schema lacks"
 
 
@@ -110,7 +112,7 @@ def test_the_root_configuration_puts_the_recipe_last() -> None:
     root = yaml.safe_load((ROOT / "conf" / "config.yaml").read_text(encoding="utf-8"))
     assert root["defaults"][-2:] == ["_self_", {"recipe": "???"}]
     groups = {next(iter(entry)) for entry in root["defaults"] if isinstance(entry, dict)}
-    assert groups <= {*RunConfig.model_fields, "recipe"}
+    assert groups <= {*RunConfig.model_fields, VRAM, "recipe"}
 
 
 @pytest.mark.parametrize("recipe", [recipe_of(path) for path in RECIPES])

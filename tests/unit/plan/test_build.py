@@ -138,9 +138,11 @@ def test_lora_is_counted_layer_by_layer(tiny_checkpoint: Path) -> None:
 def test_phases_of_a_cached_lora_run(tiny_checkpoint: Path) -> None:
     plan = make_plan(tiny_checkpoint, sample={"prompts": ["a cat"]})
     assert {p.name: p.components for p in plan.phases} == {
+        "load": ("vae", "dit"),
         "encode": ("text_encoder", "vae"),
         "train": ("dit",),
         "sample": ("vae", "dit"),
+        "save": ("dit",),
     }
     text, vae, dit = (plan.component(n) for n in ("text_encoder", "vae", "dit"))
     held = dit.resting_bytes + dit.adapter_bytes + dit.optimizer_bytes
@@ -184,6 +186,7 @@ def test_inference_freezes_everything(tiny_checkpoint: Path) -> None:
     plan = build_inference_plan(model, device="cuda:0")
     assert plan.purpose == "infer"
     assert {p.name: p.components for p in plan.phases} == {
+        "load": ("dit", "vae"),
         "encode": ("text_encoder",),
         "sample": ("dit", "vae"),
     }
