@@ -135,11 +135,48 @@ def plan(
             "--layers", metavar="COMPONENT", help="List the layers of one component instead."
         ),
     ] = None,
+    error: Annotated[
+        bool,
+        typer.Option(
+            "--error", help="Measure what FP8 costs in accuracy instead; reads the weights."
+        ),
+    ] = False,
+    fit: Annotated[
+        str | None,
+        typer.Option(
+            "--fit", metavar="SIZE", help="Choose settings for a device of this size, e.g. 24GiB."
+        ),
+    ] = None,
+    host: Annotated[
+        str | None,
+        typer.Option("--host", metavar="SIZE", help="Host memory that --fit may use."),
+    ] = None,
+    activations: Annotated[
+        bool,
+        typer.Option(help="Trace activations, which takes torch and some seconds."),
+    ] = True,
+    chart: Annotated[
+        Path | None,
+        typer.Option("--chart", metavar="FILE", help="Draw the phases as a .png or .svg file."),
+    ] = None,
 ) -> None:
     """Say what a run will hold in memory, from the headers of its weights alone."""
-    from framework.cli.plan import run_plan
+    if error:
+        from framework.cli.encoding_error import run_encoding_error
 
-    run_plan(overrides or [], as_json=as_json, layers=layers, config_dir=config_dir)
+        run_encoding_error(overrides or [], as_json=as_json, config_dir=config_dir)
+        return
+    from framework.cli.plan import fit_overrides, run_plan
+
+    overrides = [*(overrides or []), *fit_overrides(fit, host)]
+    run_plan(
+        overrides,
+        as_json=as_json,
+        layers=layers,
+        activations=activations,
+        chart=chart,
+        config_dir=config_dir,
+    )
 
 
 @app.command(context_settings=_FLAGS_PASS)

@@ -16,9 +16,12 @@ from framework.inference.sheet import save_png
 from framework.models import Family, SampleSettings, TextConditioning, get_family
 from framework.models.base import StepCallback, evaluating
 from framework.plan.build import build_inference_plan
+from framework.plan.fit import fitting
 from framework.plan.types import Phase
 from framework.runtime.adapters import load_lora_
 from framework.runtime.devices import resolve_compute_dtype, resolve_device
+from framework.runtime.error_budget import resolve_error_budget
+from framework.runtime.fitting import fit_inference
 from framework.runtime.residency import Residency
 from framework.schema.model import ModelConfig
 
@@ -47,6 +50,12 @@ def generate(
     _check_request(family, prompts, settings)
     place = resolve_device(device or model.device)
     compute_dtype = resolve_compute_dtype(model.compute_dtype, place)
+    if model.fit is not None:
+        guided = settings.guidance_scale > 1
+        found = fit_inference(model, size_px=settings.size_px, guided=guided, device=str(place))
+        model, _ = fitting(found)
+    build_inference_plan(model, device=str(place))  # its faults are told before weights are read
+    model, _ = resolve_error_budget(model, family, device=place, compute_dtype=compute_dtype)
     plan = build_inference_plan(model, device=str(place))
     load_family_extras(family, model)
     residency = Residency(plan, family, place, compute_dtype, settings.seed)

@@ -126,6 +126,19 @@ class Family(ABC):
         """Encode captions as the published pipeline does; differentiable in the text encoder."""
 
     @abstractmethod
+    def count_text_tokens(self, prompts: Sequence[str]) -> int:
+        """Length L of the longest of these captions once encoded; needs `load_extras`."""
+
+    @abstractmethod
+    def rehearse_text(
+        self, num_tokens: int, text_encoder: nn.Module, *, batch_size: int = 1
+    ) -> TextConditioning:
+        """Encode captions of a given length L as `encode_text` does, without a tokenizer and without their content.
+
+        For counting memory on fake tensors, where nothing may depend on values. Returns (B, L, D).
+        """
+
+    @abstractmethod
     def encode_image(self, pixels: Tensor, vae: nn.Module) -> Tensor:
         """Turn pixels (B, 3, H, W) in [-1, 1] into normalised latents (B, C, h, w) float32.
 

@@ -120,6 +120,30 @@ class QwenImageFamily(Family):
             rows.append(TextConditioning(kept[None], mask))
         return TextConditioning.collate(rows)
 
+    def count_text_tokens(self, prompts: Sequence[str]) -> int:
+        """Length of the longest caption without the template's 34 tokens; at most 1024."""
+        texts = [PROMPT_TEMPLATE.format(prompt) for prompt in prompts]
+        longest = max((len(ids) for ids in self.tokenizer(texts).input_ids), default=0)
+        return min(longest - NUM_DROPPED_TOKENS, MAX_TEXT_TOKENS)
+
+    def rehearse_text(
+        self, num_tokens: int, text_encoder: nn.Module, *, batch_size: int = 1
+    ) -> TextConditioning:
+        """Encode made-up tokens; see `Family.rehearse_text`. Captions of one length need no mask."""
+        device = device_of(text_encoder)
+        length = num_tokens + NUM_DROPPED_TOKENS
+        ids = torch.zeros(batch_size, length, dtype=torch.long, device=device)
+        hidden = text_encoder(input_ids=ids, use_cache=False).last_hidden_state
+        rows = [
+            TextConditioning(
+                states[None, NUM_DROPPED_TOKENS:],
+                torch.ones(1, num_tokens, dtype=torch.bool, device=device),
+            )
+            for states in hidden
+        ]
+        collated = TextConditioning.collate(rows)
+        return TextConditioning(collated.embeds, collated.mask, padded=batch_size > 1)
+
     def encode_image(self, pixels: Tensor, vae: nn.Module) -> Tensor:
         """Normalised latents (B, C, H/8, W/8) float32 of pixels (B, 3, H, W) in [-1, 1]."""
         mean, std = _latent_statistics(vae)

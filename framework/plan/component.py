@@ -9,7 +9,9 @@ from framework.errors import Fault
 from framework.hub import ComponentHeaders
 from framework.plan.match import matches_any, module_name, select_layers, tensor_kind
 from framework.plan.optimizer_state import optimizer_state_bytes
+from framework.plan.published import published_scaling, read_published
 from framework.plan.types import (
+    BLOCK_SHAPE,
     ComponentPlan,
     Granularity,
     LoraLayer,
@@ -80,8 +82,17 @@ class ComponentBuilder:
     def _tensors(self) -> list[TensorPlan]:
         """Every tensor that the family loads, in the order in which it lies in the files."""
         planned: dict[str, TensorPlan] = {}
-        for stored in sorted(self.headers.tensors.values(), key=lambda t: (t.file, t.start)):
-            name = module_name(stored.key, self.spec)
+        published = read_published(self.headers.tensors, ignored_keys=self.spec.ignored_keys)
+        for problem in published.problems:
+            self._fault(
+                "source",
+                f"the checkpoint of {self.name} can't be used: {problem}",
+                hint="Give one whose weights are bf16, or float8_e4m3 with a scale per tensor, row or block.",
+            )
+        for key, stored in sorted(
+            published.tensors.items(), key=lambda item: (item[1].file, item[1].start)
+        ):
+            name = module_name(key, self.spec)
             if name is None:
                 continue
             if name in planned or stored.dtype not in _FLOATS:
@@ -103,6 +114,7 @@ class ComponentBuilder:
                 shape=stored.shape,
                 source_dtype=stored.dtype,
                 kind=tensor_kind(name, stored.shape, self.spec),
+                published_scale=published.scales.get(key),
             )
         return list(planned.values())
 
@@ -115,22 +127,22 @@ class ComponentBuilder:
         Weights that are FP8 in the file and shall be FP8 are kept as they are: encoding them again would add error.
         """
         encoded = self._fp8_names(tensors) if self.config.precision == "fp8" else set()
-        scaling = self.config.fp8.scaling
-        published = {t.name for t in tensors if t.name in encoded and t.source_dtype == "F8_E4M3"}
-        parts: tuple[tuple[str, set[str], Scaling], ...] = (
-            ("fp8", encoded - published, scaling),
-            ("fp8_as_published", published, "none"),
-        )
+        kinds: dict[tuple[str, Scaling, tuple[int, int] | None], list[TensorPlan]] = {}
+        for tensor in tensors:
+            if tensor.name in encoded:
+                kinds.setdefault(self._storage(tensor), []).append(tensor)
         groups = [
             _group(
                 name,
-                [t for t in tensors if t.name in names],
+                members,
                 at_rest="fp8_e4m3",
                 computation=self.compute_dtype,
-                scaling=part_scaling,
+                scaling=scaling,
+                block_shape=block_shape,
             )
-            for name, names, part_scaling in parts
-            if names
+            for (name, scaling, block_shape), members in sorted(
+                kinds.items(), key=lambda k: k[0][0]
+            )
         ]
         rest = [t for t in tensors if t.name not in encoded]
         groups.append(
@@ -139,6 +151,19 @@ class ComponentBuilder:
             )
         )
         return tuple(groups)
+
+    def _storage(self, tensor: TensorPlan) -> tuple[str, Scaling, tuple[int, int] | None]:
+        """Group, scaling and block shape of a weight that shall rest in FP8."""
+        if tensor.source_dtype != "F8_E4M3":
+            scaling = self.config.fp8.scaling
+            return "fp8", scaling, BLOCK_SHAPE if scaling == "block" else None
+        if tensor.published_scale is None:
+            return "fp8_as_published", "none", None
+        fitting = published_scaling(tensor.shape, tensor.published_scale.shape)
+        assert fitting is not None  # `read_published` refuses any other
+        scaling, block_shape = fitting
+        size = "_{}x{}".format(*block_shape) if block_shape else ""
+        return f"fp8_as_published_{scaling}{size}", scaling, block_shape
 
     def _converted_dir(self) -> str | None:
         """Weights that rest on disk are read as they are, so a file must hold them in that form."""
@@ -263,6 +288,7 @@ def _group(
     at_rest: StorageDtype,
     computation: StorageDtype,
     scaling: Scaling | None = None,
+    block_shape: tuple[int, int] | None = None,
     trains: bool = False,
 ) -> TensorGroup:
     rest = Placement(storage_dtype=at_rest, place="device")
@@ -273,5 +299,10 @@ def _group(
         computation=Placement(storage_dtype=computation, place="device"),
     )
     return TensorGroup(
-        name=name, states=states, scaling=scaling, trains=trains, tensors=tuple(tensors)
+        name=name,
+        states=states,
+        scaling=scaling,
+        block_shape=block_shape,
+        trains=trains,
+        tensors=tuple(tensors),
     )

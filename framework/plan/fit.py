@@ -13,7 +13,9 @@ from typing import Literal, NamedTuple
 
 from framework.errors import PlanError
 from framework.plan.fit_choices import Choice, Freedom, changed_keys, with_keys
+from framework.plan.table import format_bytes
 from framework.plan.types import MemoryParts, PhasePlan, VramPlan
+from framework.plan.units import component_units
 from framework.schema.model import ModelConfig
 
 Memory = Literal["device", "host"]
@@ -69,25 +71,36 @@ class Limits:
 
 
 class Failure(NamedTuple):
-    """A phase that is too large with some settings.   components: whose settings decide it."""
+    """A phase that is too large with some settings.
 
-    components: tuple[str, ...]
+    sizes: components whose settings decide it -> bytes of their weights there.   excess_bytes: above the limit.
+    """
+
+    sizes: Mapping[str, int]
     memory: Memory
+    excess_bytes: int
     choice: Choice
 
     def rules_out(self, choice: Choice) -> bool:
-        """Whether the same phase must be too large with other settings, too."""
-        pairs = [(choice[name], self.choice[name]) for name in self.components]
-        if self.memory == "host":
-            return all(other.fills_host_as(failed) for other, failed in pairs)
-        return all(other.saves_no_more_than(failed) for other, failed in pairs)
+        """Whether the same phase must be too large with other settings, too: what they save is less than the excess."""
+        saved = 0
+        for name, size in self.sizes.items():
+            other, failed = choice[name], self.choice[name]
+            if self.memory == "host":
+                saved += 0 if other.fills_host_as(failed) else size
+            elif not other.saves_no_more_than(failed):
+                if other.gradient_checkpointing > failed.gradient_checkpointing:
+                    return False
+                saved += size
+        return saved < self.excess_bytes
 
 
 @dataclass(frozen=True)
 class Trial:
     """Settings that were tried.
 
-    keys: dotted path below `model` -> value, of what they change.   cost: factor on the time of a step.
+    keys: dotted path below `model` -> value, of what they change.   cost: factor on the time of a step, as if all
+    offloaded weights were fetched each time; for what was chosen, with those that do.
     phases: as planned.   traced: False where weights alone were too large, so that nothing more was worked out.
     """
 
@@ -171,24 +184,19 @@ def solve_fit(
     """
     search = _Search(model, limits, freedom, evaluate, outline)
     choices = freedom.choices(model)
-    smallest = max(choices, key=lambda choice: _savings(choice, choices))
-    if not search.rest_is_hopeless(smallest):
-        for choice in choices:
-            found = search.attempt(choice)
-            if found is not None:
-                trial, fitting, plan = found
-                trials = tuple(search.trials)
-                return Fit(limits, trials, freedom.written, trial, fitting, plan)
+    for index, choice in enumerate(choices):
+        found = search.attempt(choice)
+        if found is not None:
+            trial, fitting, plan = found
+            return Fit(limits, tuple(search.trials), freedom.written, trial, fitting, plan)
+        if index == 0 and search.rest_is_hopeless(max(choices, key=_savings)):
+            break
     return Fit(limits, tuple(search.trials), freedom.written)
 
 
-def _savings(choice: Choice, choices: list[Choice]) -> tuple[int, int]:
-    """How many other choices need at least as much device memory, and how many as much host memory."""
-    device = sum(
-        all(other[name].saves_no_more_than(choice[name]) for name in choice) for other in choices
-    )
-    host = sum(all(other[name].fills_host_as(choice[name]) for name in choice) for other in choices)
-    return device, host
+def _savings(choice: Choice) -> list[tuple[int, ...]]:
+    """How much a choice saves on the device, then on the host; choices of components are independent of each other."""
+    return [part.savings() for part in choice.values()]
 
 
 _Fitting = tuple[Trial, ModelConfig, VramPlan]
@@ -211,9 +219,10 @@ class _Search:
 
         They are noted only where they don't fit.
         """
+        before = len(self.trials)
         if self.attempt(smallest) is None:
             return True
-        self.trials.clear()
+        del self.trials[before:]
         return False
 
     def attempt(self, choice: Choice) -> _Fitting | None:
@@ -225,23 +234,23 @@ class _Search:
         if self.outline is not None:
             free = {} if "vram_limit" in self.freedom.written else {"vram_limit": None}
             plan = self.outline(with_keys(self.model, {**keys, **free}))
-            trial = Trial(keys, cost, _without_fetched(plan), self.limits, traced=False)
+            trial = Trial(keys, cost, _at_least(plan), self.limits, traced=False)
             if trial.excess_bytes > 0:
-                self._note(trial, choice)
+                self._note(trial, choice, plan)
                 return None
         model = with_keys(self.model, keys)
         plan = self.evaluate(model)
         trial = Trial(keys, cost, plan.phases, self.limits)
         if not trial.fits:
-            self._note(trial, choice)
+            self._note(trial, choice, plan)
             return None
         fitting = (trial, model, plan)
         if "vram_limit" not in self.freedom.written and _offloads(choice):
-            fitting = self._kept_there(fitting)
+            fitting = self._kept_there(fitting, choice)
         self.trials.append(fitting[0])
         return fitting
 
-    def _kept_there(self, fitting: _Fitting) -> _Fitting:
+    def _kept_there(self, fitting: _Fitting, choice: Choice) -> _Fitting:
         """The same with the room that is left filled with offloaded weights, where that fits."""
         without = fitting[0]
         room = self.limits.device_bytes
@@ -252,34 +261,56 @@ class _Search:
             keys = {**without.keys, "vram_limit": round(limit, 3)}
             model = with_keys(self.model, keys)
             plan = self.evaluate(model)
-            trial = Trial(keys, without.cost, plan.phases, self.limits)
+            cost = self.freedom.cost(choice, _moved_shares(plan))
+            trial = Trial(keys, cost, plan.phases, self.limits)
             if trial.fits:
                 return trial, model, plan
             # What is kept ends where the phase with the largest activations would exceed the device.
             room -= trial.excess_bytes + int(_LIMIT_STEP * 2**30)
         return fitting
 
-    def _note(self, trial: Trial, choice: Choice) -> None:
+    def _note(self, trial: Trial, choice: Choice, plan: VramPlan) -> None:
         self.trials.append(trial)
+        sizes = {part.name: part.resting_bytes for part in plan.components}
         for phase in trial.phases:
             for memory, excess in self.limits.excess(phase):
                 # Host memory also holds what other phases need again.
                 on_host = memory == "host" or self.limits.shared
-                components = tuple(choice) if on_host else phase.components
+                names = tuple(sizes) if on_host else phase.components
                 if excess > 0:
-                    self.failures.append(Failure(components, memory, choice))
+                    held = {name: sizes[name] for name in names}
+                    self.failures.append(Failure(held, memory, excess, choice))
 
 
 def _offloads(choice: Choice) -> bool:
     return any(part.offload != "none" for part in choice.values())
 
 
-def _without_fetched(plan: VramPlan) -> tuple[PhasePlan, ...]:
-    """The phases without fetched weights, of which a quick plan may count more than there are at the highest moment."""
-    return tuple(
-        phase.model_copy(update={"device": phase.device.model_copy(update={"fetched": 0})})
-        for phase in plan.phases
-    )
+def _moved_shares(plan: VramPlan) -> dict[str, float]:
+    """Component -> share of its offloaded weights that doesn't stay on the device in the phase where least stays."""
+    shares: dict[str, float] = {}
+    for phase in plan.phases:
+        moving = {
+            name: sum(unit.num_bytes for unit in component_units(plan.component(name)))
+            for name in phase.components
+            if plan.has(name)
+        }
+        total = sum(moving.values())
+        if total and phase.name not in ("load", "save"):
+            moved = 1 - phase.kept_bytes / total
+            shares |= {name: max(shares.get(name, 0.0), moved) for name in moving}
+    return shares
+
+
+def _at_least(plan: VramPlan) -> tuple[PhasePlan, ...]:
+    """The phases with as much as is surely there at one moment: either every gradient or weights on their way."""
+    phases = []
+    for phase in plan.phases:
+        device = phase.device
+        fetched = device.fetched - min(device.fetched, device.gradients)
+        smaller = device.model_copy(update={"fetched": fetched})
+        phases.append(phase.model_copy(update={"device": smaller}))
+    return tuple(phases)
 
 
 class Shortfall(NamedTuple):
@@ -339,13 +370,9 @@ def fitting(fit: Fit) -> tuple[ModelConfig, VramPlan]:
     asked = fit.limits.size_bytes if short.memory == "device" else fit.limits.host_bytes or 0
     settings = " ".join(override_lines(short.trial.keys)) or "the settings as they are"
     raise PlanError(
-        f"nothing fits {_gib(asked)} of {short.memory} memory: "
-        f"{short.phase.name} needs {_gib(short.excess_bytes)} more",
+        f"nothing fits {format_bytes(asked)} of {short.memory} memory: "
+        f"{short.phase.name} needs {format_bytes(short.excess_bytes)} more",
         where=f"closest: {settings}",
-        found=f"the largest part is {short.part}, {_gib(short.part_bytes)}",
+        found=f"the largest part is {short.part}, {format_bytes(short.part_bytes)}",
         hint=f"try {short.way}",
     )
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB"

@@ -70,15 +70,25 @@ class ComponentChoice:
         same_or_larger = _PRECISIONS.index(self.precision) <= _PRECISIONS.index(other.precision)
         return self.offload == "host" and same_or_larger
 
-    def cost(self) -> float:
-        """Factor on the component's own time."""
+    def savings(self) -> tuple[int, ...]:
+        """A key that is highest for the choice that needs least on the device, and of equals least on the host."""
+        return (
+            self.precision == "fp8",
+            self.gradient_checkpointing,
+            self.offload != "none",
+            _GRANULARITIES.index(self.granularity),
+            self.offload == "disk",
+        )
+
+    def cost(self, moved_share: float = 1.0) -> float:
+        """Factor on the component's own time.   moved_share: of its weights that don't stay on the device."""
         cost = FP8_COST if self.precision == "fp8" else 1.0
         cost *= CHECKPOINTING_COST if self.gradient_checkpointing else 1.0
         if self.offload != "none":
             # FP8 moves half of the bytes.
-            moved = 0.5 if self.precision == "fp8" else 1.0
+            moved = moved_share * (0.5 if self.precision == "fp8" else 1.0)
             cost *= 1 + (OFFLOAD_COST[self.offload] - 1) * moved
-            cost *= GRANULARITY_COST[self.granularity]
+            cost *= 1 + (GRANULARITY_COST[self.granularity] - 1) * moved_share
         return cost
 
 
@@ -115,11 +125,15 @@ class Freedom:
             ),
         )
 
-    def cost(self, choice: Choice) -> float:
-        """Factor on the time of a step."""
+    def cost(self, choice: Choice, moved_shares: Mapping[str, float] | None = None) -> float:
+        """Factor on the time of a step.
+
+        moved_shares: component -> share of its weights that doesn't stay on the device; 1 where it isn't known.
+        """
         cost = 1.0
         for name, part in choice.items():
-            cost *= 1 + self.shares[name] * (part.cost() - 1)
+            moved = (moved_shares or {}).get(name, 1.0)
+            cost *= 1 + self.shares[name] * (part.cost(moved) - 1)
         return cost
 
     def _options(self, name: str, part: ComponentConfig) -> Iterator[ComponentChoice]:
@@ -234,3 +248,11 @@ def inference_freedom(model: ModelConfig, *, device: str) -> Freedom:
 def _offloads(device: str) -> tuple[Offload, ...]:
     """Where weights can rest to save device memory; host memory is no other place for a CPU."""
     return ("host", "disk") if device.startswith("cuda") else ("disk",)
+
+
+def free_keys(model: ModelConfig) -> frozenset[str]:
+    """Dotted paths below `model` of keys that may be chosen, because neither a file nor an override sets them."""
+    keys = {"vram_limit"}
+    for name, part in model.components.items():
+        keys |= {f"{name}.{key}" for key in _KEYS if key in type(part).model_fields}
+    return frozenset(keys) - written_keys(model)

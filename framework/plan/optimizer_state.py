@@ -27,9 +27,9 @@ _COPIES: dict[str, int] = {
 _QUANTISED: dict[str, int] = {"adamw_8bit": 2, "paged_adamw_8bit": 2, "lion_8bit": 1}
 _QUANTISED_FROM_ELEMENTS = 4096
 _QUANTISED_BLOCK_ELEMENTS = 256
-# Float32 temporaries while a step is made. On the CPU torch goes from tensor to tensor and holds so many of the largest;
-# on a GPU it takes all tensors at once (`foreach`) and holds so many of each. Measured for torch 2.13 with weight decay
-# (tests/unit/plan/test_optimizer_state.py); prodigy, which always goes from tensor to tensor, is a guess.
+# Float32 temporaries while a step is made. On the CPU torch goes from tensor to tensor and holds so many of the
+# largest; on a GPU it takes all tensors at once (`foreach`) and holds so many of each. Measured for torch 2.13 with
+# weight decay (tests/unit/runtime/test_trace.py); prodigy, which always goes from tensor to tensor, is a guess.
 _STEP_COPIES: dict[str, tuple[int, int]] = {
     "adamw": (3, 1),
     "adam": (4, 1),

@@ -19,6 +19,7 @@ from framework.plan.types import (
     MemoryParts,
     Phase,
     PhasePlan,
+    TracedWith,
     VramPlan,
 )
 from framework.plan.units import bytes_at, component_units
@@ -49,7 +50,8 @@ def plan_phases(
     phases: of the run, in its order, without load and save; resident: the components that each needs.
     Returns `load`, then these, then `save` where anything trains.
     """
-    held = {phase: [c for c in components if c.name in resident[phase]] for phase in phases}
+    named = {part.name: part for part in components}
+    held = {phase: [named[name] for name in resident[phase]] for phase in phases}
     ready = _ready_on_host(phases, held) if "train" in phases else []
     planned = [
         _used(
@@ -78,7 +80,9 @@ def _ready_on_host(
     return list(found.values())
 
 
-def with_traced(plan: VramPlan, traced: Mapping[Phase, TracedPhase]) -> VramPlan:
+def with_traced(
+    plan: VramPlan, traced: Mapping[Phase, TracedPhase], traced_with: TracedWith
+) -> VramPlan:
     """The plan with the traced parts of its phases in place of those that were worked out; others stay as they are."""
     phases = []
     for phase in plan.phases:
@@ -98,7 +102,7 @@ def with_traced(plan: VramPlan, traced: Mapping[Phase, TracedPhase]) -> VramPlan
                 }
             )
         )
-    return plan.model_copy(update={"phases": tuple(phases)})
+    return plan.model_copy(update={"phases": tuple(phases), "traced_with": traced_with})
 
 
 def peak_phases(plan: VramPlan) -> tuple[PhasePlan, PhasePlan]:

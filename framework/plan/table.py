@@ -13,6 +13,7 @@ from rich.text import Text
 from framework.errors import ConfigError, Fault
 from framework.plan.types import ComponentPlan, TensorGroup, VramPlan
 
+_PLACES = {"none": "", "host": " on host", "disk": " on disk"}
 _DTYPE_NAMES = {"fp8_e4m3": "fp8", "bf16": "bf16", "fp16": "fp16", "fp32": "fp32"}
 
 
@@ -29,7 +30,7 @@ def render_plan(plan: VramPlan) -> RenderableType:
         sources.setdefault(f"{component.source}{revision}", []).append(component.name)
     for source, names in sources.items():
         notes.append(f"{', '.join(names)}: {source}\n")
-    notes.append("Bytes of weights and of what training adds to them; activations come on top.")
+    notes.append(_working_note(plan))
     tables = [_component_table(plan)]
     if any(part.trained_numel for part in plan.components):
         tables.append(_training_table(plan))
@@ -70,12 +71,17 @@ def plan_summary(plan: VramPlan) -> dict[str, Any]:
         "family": plan.family,
         "compute_dtype": plan.compute_dtype,
         "device": plan.device,
+        "vram_limit_bytes": plan.vram_limit_bytes,
+        "traced_with": None if plan.traced_with is None else plan.traced_with.model_dump(mode="json"),
         "components": {part.name: _component_summary(part) for part in plan.components},
         "phases": {
             phase.name: {
                 "components": list(phase.components),
                 "device_bytes": phase.device_bytes,
                 "host_bytes": phase.host_bytes,
+                "kept_bytes": phase.kept_bytes,
+                "device": phase.device.by_name(),
+                "host": phase.host.by_name(),
             }
             for phase in plan.phases
         },
@@ -115,7 +121,7 @@ def _component_table(plan: VramPlan) -> Table:
             part.name,
             format_count(part.numel),
             _storage_of(part),
-            format_bytes(part.resting_bytes),
+            f"{format_bytes(part.resting_bytes)}{_PLACES[part.offload]}",
             _trains(part),
         )
     return table
@@ -141,25 +147,48 @@ def _training_table(plan: VramPlan) -> Table:
 
 def _phase_table(plan: VramPlan) -> Table:
     table = _table(
-        "phase", "components", f">device ({plan.device})", ">host", title="Memory by phase"
-    )
+        "phase", "components", ">weights", ">trains", ">fetched", ">working", f">{plan.device}", ">host",
+        title="Memory by phase",
+    )  # fmt: skip
     for phase in plan.phases:
+        parts = phase.device
+        trains = parts.adapters + parts.gradients + parts.optimizer + parts.average
+        working = None if parts.activations is None else parts.activations + parts.staging
         table.add_row(
             phase.name,
             ", ".join(phase.components),
+            *(format_bytes(count) if count else "-" for count in (parts.weights, trains, parts.fetched)),
+            "?" if working is None else format_bytes(working) if working else "-",
             format_bytes(phase.device_bytes),
-            format_bytes(phase.host_bytes),
+            format_bytes(phase.host_bytes) if phase.host_bytes else "-",
         )
     table.add_section()
     peak = plan_summary(plan)["peak"]
-    table.add_row(
-        "peak",
-        "",
-        format_bytes(peak["device_bytes"]),
-        format_bytes(peak["host_bytes"]),
-        style="bold",
-    )
+    sums = (format_bytes(peak["device_bytes"]), format_bytes(peak["host_bytes"]))
+    table.add_row("peak", "", "", "", "", "", *sums, style="bold")
     return table
+
+
+def _working_note(plan: VramPlan) -> str:
+    """Say what `working` is, and what it was worked out for."""
+    used = plan.traced_with
+    if used is None:
+        return (
+            "Bytes of weights and of what training adds to them; activations come on top. "
+            "Leave out --no-activations to have them traced."
+        )
+    pictures = f"{used.batch_size} x {_size(used.size_px)}" if used.size_px else "one at a time"
+    samples = f", samples of {_size(used.sample_size_px)}" if used.sample_size_px else ""
+    limit = plan.vram_limit_bytes
+    below = f" Fetched weights are kept below {format_bytes(limit)}." if limit is not None else ""
+    return (
+        "working: activations, and what loading and saving hold on the way; traced for pictures of "
+        f"{pictures} px{samples}, captions of up to {used.text_tokens} tokens.{below}"
+    )
+
+
+def _size(size_px: tuple[int, int]) -> str:
+    return f"{size_px[0]}x{size_px[1]}"
 
 
 def _table(*columns: str, title: str) -> Table:
@@ -175,7 +204,13 @@ def _table(*columns: str, title: str) -> Table:
 
 def _storage_name(group: TensorGroup) -> str:
     name = _DTYPE_NAMES[group.states.onload.storage_dtype]
-    scales = {"row": " (row scales)", "tensor": " (one scale)", "none": " (no scale)", None: ""}
+    scales = {
+        "row": " (row scales)",
+        "block": " (block scales)",
+        "tensor": " (one scale)",
+        "none": " (no scale)",
+        None: "",
+    }
     return name + scales[group.scaling]
 
 
@@ -213,6 +248,8 @@ def _component_summary(part: ComponentPlan) -> dict[str, Any]:
         "optimizer_bytes": part.optimizer_bytes,
         "ema_bytes": part.ema_bytes,
         "gradient_checkpointing": part.gradient_checkpointing,
+        "offload": part.offload,
+        "granularity": part.granularity,
         "groups": {group.name: _group_summary(group) for group in part.groups},
         "lora": None
         if part.lora is None

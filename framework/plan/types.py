@@ -286,8 +286,24 @@ class PhasePlan(Frozen):
         return self.device.activations is not None
 
 
+class TracedWith(Frozen):
+    """What activations were traced with: they depend on more than the plan says.
+
+    batch_size: pictures in a micro-step.   size_px: width and height of the largest of them; None in a generation.
+    sample_size_px: of the pictures that are made; None where none are.   text_tokens: length of the longest caption.
+    """
+
+    batch_size: int
+    size_px: tuple[int, int] | None
+    sample_size_px: tuple[int, int] | None
+    text_tokens: int
+
+
 class VramPlan(Frozen):
-    """The whole plan of a run or of a generation."""
+    """The whole plan of a run or of a generation.
+
+    traced_with: None where activations aren't counted.
+    """
 
     purpose: Purpose
     family: str
@@ -296,6 +312,7 @@ class VramPlan(Frozen):
     vram_limit_bytes: int | None = None
     components: tuple[ComponentPlan, ...]
     phases: tuple[PhasePlan, ...]
+    traced_with: TracedWith | None = None
 
     def component(self, name: str) -> ComponentPlan:
         """Return the component called `name`; KeyError if the plan has none."""

@@ -24,64 +24,19 @@ from framework.hub import fetch_place
 from framework.inventory import StoredTensor, read_inventory
 from framework.models import Family, TextConditioning
 from framework.models.base import device_of, evaluating
-from framework.plan.types import ComponentPlan, Frozen, TensorGroup, TensorPlan
+from framework.plan.types import ComponentPlan, TensorGroup, TensorPlan
 from framework.runtime.adapters import lora_layers
+from framework.runtime.encoding_report import INPUT_PX, SEED, SIGMA, TEXT_TOKENS, LayerError
 from framework.runtime.streaming import read_tensors
 from framework.storage.fp8 import dequantise, encode_e4m3
 
-INPUT_PX = 256
-"""Side of the square picture that the seeded input stands for: 256 tokens of 16 x 16 px."""
-TEXT_TOKENS = 64
-SIGMA = 0.5
-SEED = 0
-NUM_PROBES = 8
-"""Random directions that layers' shares are estimated from.
+NUM_PROBES = 16
+"""Random directions that layers' shares are estimated from; each share's own error is about a third of it.
 
-With 8 a ranking is about as good as with 32 (pocket model: bf16 bytes until the error halves 1.8 MB, with 1 probe 3.6)."""
+To halve the pocket model's error, 1.8 M weights have to stay in bf16 as 8 or more rank them, and 3.6 M as one does."""
+_PROBES_AT_ONCE = 8
 
 Product = Callable[[Tensor], Tensor]
-
-
-class LayerError(Frozen):
-    """What encoding did to one layer.
-
-    weight_error: |V - W| / |W|.   output_share: the layer's part in the squared error of the DiT's output, from 0 to 1
-    (`OutputProbe.shares`); None where it wasn't measured.
-    """
-
-    layer: str
-    shape: tuple[int, ...]
-    weight_error: float
-    output_share: float | None = None
-
-    @property
-    def numel(self) -> int:
-        """Number of weights."""
-        return torch.Size(self.shape).numel()
-
-
-class EncodingReport(Frozen):
-    """What FP8 storage of one component costs in accuracy. All errors are relative L2 norms.
-
-    layers: what is encoded here, in the order of the files; weights that are FP8 in the file aren't among them.
-    output_error: of the DiT's output on the seeded input; None for other components.
-    budget: `fp8.error_budget`.   kept: layers that it keeps in high precision; `output_error` is with them kept.
-    output_error_before: without them.
-    """
-
-    component: str
-    layers: tuple[LayerError, ...]
-    output_error: float | None = None
-    budget: float | None = None
-    kept: tuple[str, ...] = ()
-    output_error_before: float | None = None
-
-    def worst(self, count: int) -> list[LayerError]:
-        """The layers that cost the output most, or, where that is unknown, those with the largest weight error."""
-        return sorted(
-            self.layers,
-            key=lambda e: (-(e.output_share or 0.0), -e.weight_error),
-        )[:count]
 
 
 class SourceWeights:
@@ -92,19 +47,18 @@ class SourceWeights:
 
     def __init__(self, part: ComponentPlan) -> None:
         """Raises SourceError for files that can't be used."""
-        self.layers: dict[str, tuple[TensorGroup, TensorPlan]] = {
-            tensor.layer: (group, tensor)
-            for group in part.groups
-            if group.scaling is not None
-            for tensor in group.tensors
-            if tensor.source_dtype != "F8_E4M3"
-        }
+        self.layers = {tensor.layer: (group, tensor) for group, tensor in _encoded(part)}
         self._stored: dict[str, StoredTensor] = {}
         if self.layers:
             inventory = read_inventory(fetch_place(part.folder))
             self._stored = {
                 layer: inventory[tensor.source_key] for layer, (_, tensor) in self.layers.items()
             }
+
+    @staticmethod
+    def has_any(part: ComponentPlan) -> bool:
+        """Whether loading the component encodes a weight."""
+        return any(True for _ in _encoded(part))
 
     def read(self, layer: str, device: torch.device) -> Tensor:
         """One weight on `device` in the file's number format."""
@@ -133,6 +87,13 @@ class SourceWeights:
         )
 
 
+def _encoded(part: ComponentPlan) -> Iterator[tuple[TensorGroup, TensorPlan]]:
+    """What loading encodes; what is FP8 in the file stays as it is."""
+    for group in part.groups:
+        if group.scaling is not None:
+            yield from ((group, t) for t in group.tensors if t.source_dtype != "F8_E4M3")
+
+
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """|found - expected| / |expected| in L2 norms, summed in float64; 0 where both are zero."""
     difference = torch.linalg.vector_norm(found - expected, dtype=torch.float64).item()
@@ -159,6 +120,7 @@ class OutputProbe:
     source: SourceWeights
     family: Family
     errors: dict[str, LayerError] = field(default_factory=dict)
+    _reference: Tensor | None = None
 
     def output(self, *, unencoded: Sequence[str] = ()) -> Tensor:
         """The output (1, C, h, w), float32 on the CPU, with these layers computed from their sources."""
@@ -167,31 +129,35 @@ class OutputProbe:
             return self._predict().cpu()
 
     def reference(self) -> Tensor:
-        """The output with no layer encoded; notes the error of each weight in `errors` on the way."""
+        """The output with no layer encoded; computed once, noting the error of each weight in `errors` on the way."""
+        if self._reference is not None:
+            return self._reference
         products = {layer: self._from_source(layer, note=True) for layer in self.source.layers}
         with torch.no_grad(), self._measuring(products):
-            output = self._predict().cpu()
+            self._reference = self._predict().cpu()
         for layer in self.source.layers:
             if layer not in self.errors:  # a layer that takes no part in the output
                 weight = self.source.read(layer, device_of(self.dit))
                 self.errors[layer] = self.source.weight_error(layer, weight)
-        return output
+        return self._reference
 
     def shares(self) -> dict[str, float]:
         """Each encoded layer's share in the squared error of the output, as far as layers err independently.
 
         The share is that of |J d|^2, with J the derivative of f by y and d = V x - W x; as an estimate from
         `NUM_PROBES` Gaussian directions v it is the mean of <J^T v, d>^2 (Hutchinson 1990). Shares add up to 1.
-        One forward and one backward pass over a batch of as many copies of the input; blocks are computed again in the
-        backward pass, to save memory.
+        A forward and a backward pass for each 8 of them, over a batch of copies of the input; blocks are computed again
+        in the backward pass, to save memory.
         """
         contributions = dict.fromkeys(self.source.layers, 0.0)
         products = {layer: self._attributed(layer, contributions) for layer in contributions}
-        with torch.enable_grad(), _checkpointing(self.dit), self._measuring(products):
-            output = self._predict(copies=NUM_PROBES)
-            generator = torch.Generator("cpu").manual_seed(SEED + 3)
-            directions = torch.randn(output.shape, generator=generator)
-            output.backward(directions.to(output.device))
+        generator = torch.Generator("cpu").manual_seed(SEED + 100)
+        for start in range(0, NUM_PROBES, _PROBES_AT_ONCE):
+            copies = min(_PROBES_AT_ONCE, NUM_PROBES - start)
+            with torch.enable_grad(), _checkpointing(self.dit), self._measuring(products):
+                output = self._predict(copies=copies)
+                directions = torch.randn(output.shape, generator=generator)
+                torch.autograd.backward(output, directions.to(output.device))
         whole = sum(contributions.values())
         return {layer: part / whole if whole else 0.0 for layer, part in contributions.items()}
 
@@ -239,7 +205,8 @@ class OutputProbe:
             contributions[name] += float(by_direction.square().sum())
 
         def product(x: Tensor) -> Tensor:
-            y: Tensor = _Attributed.apply(x, anchor, encoded, note)
+            apply: Any = _Attributed.apply
+            y: Tensor = apply(x, anchor, encoded, note)
             return y
 
         return product
@@ -303,7 +270,7 @@ def plain_product(layer: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
     weight = weight.to(x.dtype)
     if isinstance(layer, nn.Linear):
         return functional.linear(x, weight, layer.bias)
-    if isinstance(layer, nn.Conv2d):
+    if isinstance(layer, nn.Conv2d | nn.Conv3d):
         convolved: Tensor = layer._conv_forward(x, weight, layer.bias)
         return convolved
     raise PlanError(

@@ -13,19 +13,17 @@ from torch import Tensor, nn
 
 from framework.errors import PlanError, SourceError
 from framework.hub import fetch_place
-from framework.inventory import StoredTensor, read_file_header, read_inventory
 from framework.plan.types import (
     ComponentPlan,
-    StorageDtype,
     TensorGroup,
     TensorPlan,
     scale_shape,
 )
 from framework.plan.units import SlotPlan, component_units, rests_as_published
 from framework.runtime.adapters import attach_lora_, is_adapter_name, load_lora_
-from framework.runtime.streaming import read_tensors
+from framework.runtime.host_memory import give_back
+from framework.runtime.sources import RESTING_DTYPES, TensorSource, match_files, read_resting
 from framework.storage.fetching import Fetcher, LayerSource, Parcel, Unit
-from framework.storage.fp8 import encode_e4m3, has_nan_codes
 from framework.storage.managed import ManagedWeight, convert_layer_, offload_layer_
 from framework.storage.stores import (
     DiskStore,
@@ -38,13 +36,6 @@ from framework.storage.stores import (
     host_stores,
 )
 from framework.storage.weights import StoredWeight
-
-_TORCH_DTYPES: dict[StorageDtype, torch.dtype] = {
-    "fp8_e4m3": torch.uint8,  # codes are held as bytes
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-}
 
 
 class ModuleBuilder(Protocol):
@@ -100,6 +91,7 @@ def load_component(
             )
             if plan.lora.init_from is not None:
                 _start_from_file_(module, Path(plan.lora.init_from), plan.name)
+    give_back()
     return module
 
 
@@ -116,24 +108,20 @@ def _load_weights(
     """Build the module without weights and fill it tensor by tensor."""
     with init_empty_weights(include_buffers=False):
         module = family.build_module(plan.name, folder)
-    sources = _match_files(plan, folder)
+    sources = match_files(plan, folder)
     _check_complete(plan, module)
     stores: dict[str, Store] = dict(_stores(plan, sources, device))
     slots = _prepare_(module, plan, compute_dtype, fetcher, stores)
-    planned = {source.key: pair for source, pair in sources}
-    on_disk = {tensor.name for tensor in _moving(plan)} if plan.offload == "disk" else set()
-    wanted = [source for source, (_, tensor) in sources if tensor.name not in on_disk]
-    for stored, values in read_tensors(wanted):
-        group, tensor = planned[stored.key]
-        if group.moves:
-            parcel, slot = slots[tensor.layer]
+    rests_on_disk = plan.offload == "disk"
+    wanted = [source for source in sources if not (source.group.moves and rests_on_disk)]
+    for source, weight in read_resting(wanted, device, on_progress):
+        if source.group.moves:
+            parcel, slot = slots[source.tensor.layer]
             store = stores[parcel]
             assert isinstance(store, HostStore)
-            fill_slot(store, slot, _resting(group, tensor, values, device))
+            fill_slot(store, slot, weight)
         else:
-            _place_(module, group, tensor, values, device)
-        if on_progress is not None:
-            on_progress(stored.num_bytes)
+            _place_(module, source.group, source.tensor, weight)
     _move_buffers_(module, device)
     return module
 
@@ -170,13 +158,9 @@ def build_skeleton(
     return module
 
 
-def _moving(plan: ComponentPlan) -> list[TensorPlan]:
-    return [tensor for group in plan.groups if group.moves for tensor in group.tensors]
-
-
 def _stores(
     plan: ComponentPlan,
-    sources: list[tuple[StoredTensor, tuple[TensorGroup, TensorPlan]]],
+    sources: list[TensorSource],
     device: torch.device,
 ) -> Iterable[tuple[str, Store]]:
     """Parcel name -> where it rests, memory still without content."""
@@ -186,21 +170,19 @@ def _stores(
         sizes = [parcel.num_bytes for parcel in parcels]
         yield from zip(names, host_stores(sizes, pinned=device.type == "cuda"), strict=True)
     elif plan.offload == "disk":
-        files = {tensor.name: stored for stored, (_, tensor) in sources}
+        files = {source.tensor.name: source for source in sources}
         for parcel in parcels:
             ranges = [part for slot in parcel.slots for part in _ranges(slot, files)]
             yield parcel.name, DiskStore(parcel.num_bytes, ranges)
 
 
-def _ranges(slot: SlotPlan, files: Mapping[str, StoredTensor]) -> Iterable[FileRange]:
+def _ranges(slot: SlotPlan, files: Mapping[str, TensorSource]) -> Iterable[FileRange]:
     """Where a weight, and the scale beside it, lie in the files; they rest there as they are used."""
-    stored = files[slot.tensor.name]
+    stored, scale = files[slot.tensor.name].stored, files[slot.tensor.name].scale
     yield FileRange(stored.file, stored.start, stored.num_bytes, slot.offset)
-    scale = slot.tensor.published_scale
     if slot.scale_offset is not None:
         assert scale is not None
-        found = read_file_header(Path(scale.file))[scale.key]
-        yield FileRange(found.file, found.start, found.num_bytes, slot.scale_offset)
+        yield FileRange(scale.file, scale.start, scale.num_bytes, slot.scale_offset)
 
 
 def _prepare_(
@@ -239,7 +221,7 @@ def _slot(planned: SlotPlan, group: TensorGroup) -> Slot:
     shape = planned.tensor.shape
     return Slot(
         shape=shape,
-        dtype=_TORCH_DTYPES[group.states.offload.storage_dtype],
+        dtype=RESTING_DTYPES[group.states.offload.storage_dtype],
         offset=planned.offset,
         scale_shape=scale_shape(shape, group.scaling, group.block_shape),
         scale_offset=planned.scale_offset,
@@ -279,40 +261,6 @@ def _state(module: nn.Module) -> Iterable[tuple[str, Tensor]]:
     for name, buffer in module.named_buffers():
         if name in persistent:
             yield name, buffer
-
-
-def _match_files(
-    plan: ComponentPlan, folder: Path
-) -> list[tuple[StoredTensor, tuple[TensorGroup, TensorPlan]]]:
-    """Pair planned tensors with the files as they are now; they must not have changed since the plan was made."""
-    inventory = _inventory(plan, folder)
-    pairs = []
-    for group in plan.groups:
-        for tensor in group.tensors:
-            stored = inventory.get(tensor.source_key)
-            if stored is None or (stored.shape, stored.dtype) != (
-                tensor.shape,
-                tensor.source_dtype,
-            ):
-                found = f"{stored.dtype} {list(stored.shape)}" if stored else "no such tensor"
-                raise PlanError(
-                    f"the files of {plan.name} changed since the plan was made: {tensor.source_key}",
-                    where=str(folder),
-                    found=found,
-                    hint="run the command again",
-                )
-            pairs.append((stored, (group, tensor)))
-    return pairs
-
-
-def _inventory(plan: ComponentPlan, folder: Path) -> dict[str, StoredTensor]:
-    """Key -> tensor of all files that the plan names: those of the folder, or one in a folder of converted weights."""
-    files = {tensor.file for group in plan.groups for tensor in group.tensors}
-    elsewhere = {f for f in files if Path(f).is_absolute() and Path(f).parent != folder}
-    inventory = {} if elsewhere == files else read_inventory(folder)
-    for file in sorted(elsewhere):
-        inventory |= read_file_header(Path(file))
-    return inventory
 
 
 def _check_complete(plan: ComponentPlan, module: nn.Module) -> None:
@@ -361,16 +309,15 @@ def _told(layer: str, hint: str) -> Iterator[None]:
 
 
 def _place_(
-    module: nn.Module, group: TensorGroup, tensor: TensorPlan, values: Tensor, device: torch.device
+    module: nn.Module, group: TensorGroup, tensor: TensorPlan, weight: StoredWeight
 ) -> None:
-    """Copy one tensor out of the read buffer to where it rests on the device."""
+    """Put one tensor where it rests on the device."""
     owner = module.get_submodule(tensor.layer)
-    stored = _resting(group, tensor, values, device)
     if group.scaling is not None:
         assert isinstance(owner, ManagedWeight)
-        owner.store_(stored.values.to(device), _to(stored.dequant_scale, device))
+        owner.store_(weight.values, weight.dequant_scale)
         return
-    _put_(owner, tensor, stored.values.to(device), trains=group.trains)
+    _put_(owner, tensor, weight.values, trains=group.trains)
 
 
 def _place_empty_(
@@ -378,7 +325,7 @@ def _place_empty_(
 ) -> None:
     """Memory of the tensor's size where it will rest."""
     owner = module.get_submodule(tensor.layer)
-    dtype = _TORCH_DTYPES[group.states.onload.storage_dtype]
+    dtype = RESTING_DTYPES[group.states.onload.storage_dtype]
     values = torch.empty(tensor.shape, dtype=dtype, device=device)
     if group.scaling is None:
         _put_(owner, tensor, values, trains=group.trains)
@@ -395,43 +342,6 @@ def _put_(owner: nn.Module, tensor: TensorPlan, values: Tensor, *, trains: bool)
         owner._parameters[leaf] = nn.Parameter(values, requires_grad=trains)
     else:
         owner._buffers[leaf] = values
-
-
-def _resting(
-    group: TensorGroup, tensor: TensorPlan, values: Tensor, device: torch.device
-) -> StoredWeight:
-    """A tensor of a file in the form in which it rests; encoded on the device, where that is faster."""
-    if group.scaling is not None:
-        codes, scale = _encode(group, tensor, values, device)
-        return StoredWeight(codes, scale, group.block_shape)
-    dtype = _TORCH_DTYPES[group.states.onload.storage_dtype]
-    if group.moves:  # copied where it is put
-        return StoredWeight(values.to(dtype))
-    return StoredWeight(values.to(device=device, dtype=dtype, copy=True))
-
-
-def _to(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.to(device)
-
-
-def _encode(
-    group: TensorGroup, tensor: TensorPlan, values: Tensor, device: torch.device
-) -> tuple[Tensor, Tensor | None]:
-    """Codes and scale on the device, encoded there. What is FP8 in the file is kept as it is."""
-    # Apple's GPU knows no FP8: the host encodes for it.
-    values = values.to("cpu" if device.type == "mps" else device)
-    if group.scaling == "none" and tensor.source_dtype == "F8_E4M3":
-        codes = values.view(torch.uint8).clone()
-        if has_nan_codes(codes):
-            raise PlanError(f"{tensor.source_key} holds NaN", where=tensor.file)
-        return codes.to(device), None
-    assert group.scaling is not None
-    try:
-        codes, scale = encode_e4m3(values, group.scaling)
-        return codes.to(device), None if scale is None else scale.to(device)
-    except ValueError as error:
-        hint = "set fp8.scaling=row" if group.scaling == "none" else "the checkpoint is damaged"
-        raise PlanError(f"{tensor.source_key}: {error}", where=tensor.file, hint=hint) from error
 
 
 def _move_buffers_(module: nn.Module, device: torch.device) -> None:

@@ -2,26 +2,29 @@
 
 Long stacks of equal blocks are shortened: a step is run with three blocks and with four, and what it takes with all of
 them follows from the two. That is exact and no estimate, because between two blocks the same tensors come and go: the
-highest point of each stage (the forward pass, the backward pass of the last block, of the one before, ..., of the first)
-grows by the same bytes with every block. Where blocks aren't stored alike, all of them are run.
+highest point of each stage (the forward pass, then the backward pass of the last block, of the one before, ..., of the
+first) grows by the same bytes with every block. Where blocks aren't stored alike, all of them are run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from framework.hub import fetch_place
+from framework.hub import read_component_config
 from framework.plan.types import ComponentPlan
 from framework.runtime.adapters import attach_lora_
 from framework.runtime.load import ModuleBuilder, adapter_parameters, build_skeleton
-from framework.runtime.trace import MeasuredBytes
+from framework.runtime.trace import ACTIVATIONS, MeasuredBytes
 from framework.storage.fetching import Fetcher
 
 _SHORT = (3, 4)
@@ -100,14 +103,15 @@ class Rehearsal:
         meta = torch.device("meta")
         # Built for the meta device, because peft can't move fake parameters; the real device is put in afterwards.
         fetcher = _LabellingFetcher(meta, rehearsal=True)
-        module = build_skeleton(
-            plan,
-            self._family,
-            fetch_place(plan.folder),
-            device=meta,
-            compute_dtype=self.compute_dtype,
-            fetcher=fetcher,
-        )
+        with _config_folder(plan.folder) as folder:
+            module = build_skeleton(
+                plan,
+                self._family,
+                folder,
+                device=meta,
+                compute_dtype=self.compute_dtype,
+                fetcher=fetcher,
+            )
         if shorten and (name := _uniform_stack(module, plan)) is not None:
             stack = module.get_submodule(name)
             assert isinstance(stack, nn.ModuleList)
@@ -124,62 +128,100 @@ class Rehearsal:
     def run(self, step: Callable[[Stages], None]) -> dict[str, Stage]:
         """Run `step` and return its stages as they are with all blocks.
 
-        step: is given the stages to end; it may be called twice.
+        step: is given the stages to end; it is called several times.
         """
-        if not self._full_stacks:
-            return self._count(step)
-        (name, full), *others = self._full_stacks.items()
-        assert not others, "one component at a time is shortened"
-        stack = _stack_of(self.modules[name])
-        assert stack is not None
-        longer = self._count(step)
-        del stack[min(_SHORT) :]
-        shorter = self._count(step)
+        stacks = {name: _stack_of(module) for name, module in self.modules.items()}
+        counter = MeasuredBytes(self.device)
+        with self._fake, counter:
+            for module in self.modules.values():
+                counter.label(_resting(module), HELD)
+                counter.label(_attributes(module), ACTIVATIONS)
+            with _only([stack for stack in stacks.values() if stack is not None], 1):
+                # What modules make once and keep (rotary frequencies) is there afterwards, as in any later step.
+                self._count(step, counter)
+            longer = self._count(step, counter)
+            if not self._full_stacks:
+                return longer
+            (name, full), *others = self._full_stacks.items()
+            stack = stacks[name]
+            assert stack is not None
+            assert not others, "one component at a time is shortened"
+            with _only([stack], min(_SHORT)):
+                shorter = self._count(step, counter)
         return {
             stage: _extended(shorter[stage], found, full)
             for stage, found in longer.items()
             if stage in shorter
         }
 
-    def _count(self, step: Callable[[Stages], None]) -> dict[str, Stage]:
-        counter = MeasuredBytes(self.device)
-        hooks = []
-        with self._fake, counter:
-            for module in self.modules.values():
-                counter.label(_resting(module), HELD)
-                for parameter in module.parameters():
-                    if parameter.requires_grad:
-                        parameter.grad = None
-                        hooks.append(
-                            parameter.register_post_accumulate_grad_hook(
-                                lambda p: counter.label([p.grad], GRADIENTS)
-                            )
-                        )
+    def _count(self, step: Callable[[Stages], None], counter: MeasuredBytes) -> dict[str, Stage]:
+        stages = Stages(counter)
+        hooks = [
+            hook
+            for module in self.modules.values()
+            for hook in (*_label_gradients(module, counter), *_mark_blocks(module, stages))
+        ]
+        for fetcher in self._fetchers:
+            fetcher.counter = counter
+        counter.restart()
+        try:
+            step(stages)
+        finally:
+            for hook in hooks:
+                hook.remove()
             for fetcher in self._fetchers:
-                fetcher.counter = counter
-            counter.restart()
-            stages = Stages(counter)
-            hooks += [
-                hook for module in self.modules.values() for hook in _mark_blocks(module, stages)
-            ]
-            try:
-                step(stages)
-            finally:
-                for hook in hooks:
-                    hook.remove()
-                for fetcher in self._fetchers:
-                    fetcher.release()
-                    fetcher.counter = None
+                fetcher.release()
+                fetcher.counter = None
+            for module in self.modules.values():
+                module.zero_grad(set_to_none=True)
         return stages.found
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
-        """The arithmetic of a training run: autocast without a cache of casts, as Lightning enters it; none in float32."""
+        """The arithmetic of a training run: autocast without a cache of casts, as Lightning has it; none in float32."""
         if self.compute_dtype == torch.float32:
             yield
             return
         with torch.autocast(self.device.type, dtype=self.compute_dtype, cache_enabled=False):
             yield
+
+
+@contextmanager
+def _only(stacks: Sequence[nn.ModuleList], count: int) -> Iterator[None]:
+    """Leave just the first blocks in these stacks for a while."""
+    whole = [dict(stack._modules) for stack in stacks]
+    for stack in stacks:
+        del stack[count:]
+    try:
+        yield
+    finally:
+        for stack, modules in zip(stacks, whole, strict=True):
+            stack._modules = modules
+
+
+def _label_gradients(module: nn.Module, counter: MeasuredBytes) -> list[Any]:
+    def label(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        counter.label([parameter.grad], GRADIENTS)
+
+    handles = []
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            register: Any = parameter.register_post_accumulate_grad_hook
+            handles.append(register(label))
+    return handles
+
+
+@contextmanager
+def _config_folder(place: str) -> Iterator[Path]:
+    """A folder with the component's config.json: its own, or a temporary one, so that no weight is fetched."""
+    if Path(place).is_dir():
+        yield Path(place)
+        return
+    with TemporaryDirectory(prefix="octavo-") as folder:
+        config = json.dumps(read_component_config(place))
+        Path(folder, "config.json").write_text(config, encoding="utf-8")
+        yield Path(folder)
 
 
 def _attach(module: nn.Module, plan: ComponentPlan) -> None:
@@ -220,6 +262,14 @@ def _resting(module: nn.Module) -> list[Tensor]:
     return [named[name] for name in {*module.state_dict(), *adapter_parameters(module)}]
 
 
+def _attributes(module: nn.Module) -> list[Tensor]:
+    """Tensors that modules hold as plain attributes, and buffers that are computed and not read."""
+    persistent = set(module.state_dict())
+    buffers = [b for name, b in module.named_buffers() if name not in persistent]
+    plain = [v for owner in module.modules() for v in vars(owner).values() if isinstance(v, Tensor)]
+    return buffers + plain
+
+
 def _stack_of(module: nn.Module) -> nn.ModuleList | None:
     """The longest list of modules of one class that stands in the module itself."""
     stacks = [
@@ -253,7 +303,7 @@ def _note(contents: list[set[Any]], stack: str, name: str, what: tuple[Any, ...]
 
 
 def _mark_blocks(module: nn.Module, stages: Stages) -> list[Any]:
-    """End a stage when the gradient of a block's input is there; the first and the last blocks have names of their own."""
+    """End a stage when the gradient of a block's input is there; blocks at both ends have names of their own."""
     stack = _stack_of(module)
     if stack is None or not any(p.requires_grad for p in module.parameters()):
         return []
@@ -266,7 +316,8 @@ def _mark_blocks(module: nn.Module, stages: Stages) -> list[Any]:
         def mark(block: Any, args: Any, kwargs: Any, names: list[str] = names) -> None:
             for value in (*args, *kwargs.values()):
                 if isinstance(value, Tensor) and value.requires_grad and value.grad_fn is not None:
-                    value.register_hook(lambda grad: stages.end(*names))
+                    register: Any = value.register_hook
+                    register(lambda grad: stages.end(*names))
                     return
 
         handles.append(stack[index].register_forward_pre_hook(mark, with_kwargs=True))

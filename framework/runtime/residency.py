@@ -10,8 +10,10 @@ from torch import nn
 
 from framework.plan.phases import stays_on_host
 from framework.plan.types import Phase, VramPlan
+from framework.runtime.host_memory import give_back
 from framework.runtime.load import ModuleBuilder, load_component
 from framework.storage.fetching import Fetcher
+from framework.storage.scratch import release_scratch
 
 
 class Residency:
@@ -78,10 +80,12 @@ class Residency:
         self.modules.clear()
         self._offloaded.clear()
         self.fetcher.close()
+        release_scratch()
         self._free()
 
     def _free(self) -> None:
         gc.collect()
+        give_back()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         elif self._device.type == "mps":

@@ -1,11 +1,11 @@
 """Counts the bytes of live tensors while code runs, on real tensors or on fake ones.
 
-Under `FakeTensorMode` nothing is computed and no memory is taken, so a step of a 20B model can be measured on a laptop,
-also for a device that isn't there. On the CPU, where torch has no allocator to ask, the same counter measures real runs.
+Under `FakeTensorMode` nothing is computed and no memory is taken, so a step of a 20B model can be measured on a laptop.
+On the CPU, where torch has no allocator to ask, the same counter measures real runs.
 
 What is counted is what the dispatcher sees: storages of tensors that operators return. Memory that a kernel takes and
-gives back within one call (cuBLAS workspaces, im2col buffers) isn't seen, nor is what an allocator rounds up or loses to
-fragments.
+gives back within one call (cuBLAS workspaces, im2col buffers) isn't seen, nor is what an allocator rounds up or loses
+to fragments.
 """
 
 from __future__ import annotations
@@ -50,7 +50,11 @@ class _Ledger:
             return
         count = storage.nbytes()
         name = label or ACTIVATIONS
-        reference = weakref.ref(storage, lambda _, key=key: self._remove(key))
+
+        def freed(_: object) -> None:
+            self._remove(key)
+
+        reference = weakref.ref(storage, freed)
         self._known[key] = (reference, count, name)
         self._book(name, count)
 
@@ -70,7 +74,7 @@ class _Ledger:
         self.peak = dict(self.current)
 
 
-class MeasuredBytes(TorchDispatchMode):
+class MeasuredBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Within the context: bytes of live tensors on a device and, beside it, on the host.
 
     device: its type decides (`cuda`, `cpu`, ...); tensors elsewhere and on `meta` aren't counted. Where it is the CPU,
@@ -81,7 +85,7 @@ class MeasuredBytes(TorchDispatchMode):
     """
 
     def __init__(self, device: torch.device | str) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._device = torch.device(device).type
         self._ledgers = {kind: _Ledger() for kind in (self._device, "cpu")}
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints
 
 from framework.schema.base import Section, unit
+from framework.schema.sizes import SIZE_PATTERN
 
 Glob = Annotated[str, StringConstraints(min_length=1)]
 Precision = Literal["fp8", "bf16"]
@@ -35,6 +36,14 @@ class Fp8Config(Section):
         min_length=1,
         description="Kinds of layers stored in FP8. Norms and biases always stay in bf16.",
         examples=[["linear", "conv"]],
+    )
+    error_budget: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Largest relative error that FP8 may bring to the dit's output on a seeded input; the layers that cost most stay in "
+        "bf16 until it holds. Measured when weights are read; unset keeps no further layers.",
+        json_schema_extra=unit("relative L2 norm", examples=[0.02, 0.01]),
     )
 
 
@@ -150,6 +159,19 @@ class QwenImageConfig(Section):
         gt=0,
         description="Device memory to stay below: offloaded weights stay on the device while there is room, the rest is fetched; unset keeps none there.",
         json_schema_extra=unit("GiB", examples=[11.0, 23.0]),
+    )
+    fit: str | None = Field(
+        None,
+        pattern=SIZE_PATTERN,
+        description="Size of the device: storage and checkpointing that no file or override sets are chosen, the cheapest that fit, "
+        "before the run starts; unset chooses nothing. `octavo plan` shows what is chosen.",
+        examples=["24GiB", "11.5GiB"],
+    )
+    fit_host: str | None = Field(
+        None,
+        pattern=SIZE_PATTERN,
+        description="Host memory that `fit` may use; unset means what this machine has. Read only with `fit`.",
+        examples=["64GiB"],
     )
     converted_dir: str | None = Field(
         None,

@@ -37,7 +37,12 @@ def check_rules(
     trains: False for generation, where `trainable` and the trainer don't matter.
     """
     judged = Judged(config, values, where)
-    errors = [*_device_rules(judged), *_size_rules(judged, trains), *_fp8_rules(judged)]
+    errors = [
+        *_device_rules(judged),
+        *_size_rules(judged, trains),
+        *_fp8_rules(judged),
+        *_error_budget_rules(judged),
+    ]
     if trains:
         errors += [
             *_trainable_rules(judged),
@@ -102,6 +107,18 @@ def _fp8_rules(judged: Judged) -> Iterator[Finding]:
                 f"or set model.{name}.precision=bf16.",
                 reads=(f"model.{name}.precision",),
                 allowed="patterns that leave some layers",
+            )
+
+
+def _error_budget_rules(judged: Judged) -> Iterator[Finding]:
+    for name, component in judged.config.model.components.items():
+        path = f"model.{name}.fp8.error_budget"
+        if component.fp8.error_budget is not None and name != "dit":
+            yield judged.finding(
+                path,
+                f"the error of the {name}'s output isn't measured, so a budget for it can't be kept",
+                hint=f"Remove it ({path}=null); name layers to keep in model.{name}.fp8.keep_high_precision.",
+                allowed=f"null for the {name}",
             )
 
 

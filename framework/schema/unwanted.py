@@ -33,6 +33,7 @@ _NEARLY_ALL = 0.5
 def check_unwanted(judged: Judged, *, trains: bool) -> Iterator[Finding]:
     """Yield everything that a person would want to be told of before waiting for it."""
     yield from _plain_fp8_cast(judged)
+    yield from _unused_error_budget(judged)
     yield from _unused_offload_settings(judged)
     if trains:
         yield from _unused_lora(judged)
@@ -59,11 +60,24 @@ def _plain_fp8_cast(judged: Judged) -> Iterator[Finding]:
             )
 
 
+def _unused_error_budget(judged: Judged) -> Iterator[Finding]:
+    dit, fit = judged.config.model.dit, judged.config.model.fit
+    # `fit` may choose FP8.
+    if dit.fp8.error_budget is not None and dit.precision != "fp8" and fit is None:
+        yield judged.finding(
+            "model.dit.fp8.error_budget",
+            f"is set but not used, because model.dit.precision={dit.precision}",
+            hint="Set model.dit.precision=fp8 to use it, or leave it out.",
+            code="unused",
+            reads=("model.dit.precision", "model.fit"),
+        )
+
+
 def _unused_offload_settings(judged: Judged) -> Iterator[Finding]:
     model = judged.config.model
     for name, component in model.components.items():
         default = ComponentConfig.model_fields["granularity"].default
-        if component.offload == "none" and component.granularity != default:
+        if component.offload == "none" and component.granularity != default and model.fit is None:
             yield judged.finding(
                 f"model.{name}.granularity",
                 f"is set but not used, because model.{name}.offload=none",
@@ -72,13 +86,21 @@ def _unused_offload_settings(judged: Judged) -> Iterator[Finding]:
                 reads=(f"model.{name}.offload",),
             )
     offloads = {f"model.{name}.offload": c.offload for name, c in model.components.items()}
-    if model.vram_limit is not None and set(offloads.values()) == {"none"}:
+    if model.vram_limit is not None and set(offloads.values()) == {"none"} and model.fit is None:
         yield judged.finding(
             "model.vram_limit",
             "is set but has no effect, because no component is offloaded: all weights stay on the device whatever it says",
             hint="Set model.dit.offload=host, so that layers are fetched where they don't fit below the limit.",
             code="unused",
             reads=tuple(offloads),
+        )
+    if model.fit_host is not None and model.fit is None:
+        yield judged.finding(
+            "model.fit_host",
+            "is set but not used, because model.fit isn't set",
+            hint="Give the size of the device with model.fit=24GiB, or leave it out.",
+            code="unused",
+            reads=("model.fit",),
         )
 
 

@@ -14,12 +14,14 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from framework.schema.paths import Pieces
+from framework.schema.sizes import SIZE_PATTERN
 
 _MAX_SHOWN = 60
 _PLAIN = re.compile(r"[\w./:+~@%-]+")
 # What the schema's patterns mean, for people; a test looks for patterns without words.
 PATTERN_WORDS = {
     r"^(auto|cpu|mps|cuda(:\d+)?)$": "auto, cpu, mps, cuda or cuda:N",
+    SIZE_PATTERN: "an amount of memory such as 24GiB or 512MiB",
     r"^[A-Za-z0-9][A-Za-z0-9._-]*$": "letters, digits, dots, _ and -, beginning with a letter or a digit",
 }
 _PLAIN_TYPES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}

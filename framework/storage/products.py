@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from framework.storage.fp8 import decode_e4m3
+from framework.storage.scratch import scratch_like
 from framework.storage.weights import WeightSource
 
 Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
@@ -131,13 +132,16 @@ class ManagedConvolution(torch.autograd.Function):
 def _prepare(source: WeightSource, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Bring a stored weight to its computation state: numbers in `dtype`, and what the output is multiplied with.
 
-    A scale per output, or one for all, multiplies the output; one per block belongs into the weight.
+    They hold until the next call. A scale per output, or one for all, multiplies the output; one per block belongs into
+    the weight.
     """
     stored = source.fetch()
     scale = stored.dequant_scale
-    if not stored.is_encoded or (scale is not None and scale.ndim == 2):
+    if not stored.is_encoded:
         return stored.decoded(dtype), None
-    weight = decode_e4m3(stored.values, dtype)
+    if scale is not None and scale.ndim == 2:
+        return stored.decoded(dtype, out=scratch_like(stored.values, dtype)), None
+    weight = decode_e4m3(stored.values, dtype, out=scratch_like(stored.values, dtype))
     if scale is not None and dtype == torch.float16:
         return weight.mul_(1 / _FP16_FACTOR), scale * _FP16_FACTOR
     if scale is not None and dtype == torch.float64:

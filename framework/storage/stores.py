@@ -155,7 +155,7 @@ def views(parcel: Tensor, slots: Mapping[str, Slot]) -> dict[str, StoredWeight]:
 
 def _part(parcel: Tensor, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     num_bytes = prod(shape) * dtype.itemsize
-    return parcel[offset : offset + num_bytes].view(dtype).view(shape)
+    return parcel.narrow(0, offset, num_bytes).view(dtype).view(shape)
 
 
 def _joined(ranges: Sequence[FileRange]) -> tuple[FileRange, ...]:

@@ -1,7 +1,8 @@
 """The Triton kernels behind `triton_product`: FP8 codes are decoded in registers, on their way into the product.
 
-Importing this module needs the package `triton`; nothing else in the project imports it. It is run in Triton's
-interpreter by tests/numerics, and compiled there for every kind of card without one.
+Importing this module needs the package `triton`; nothing else in the project imports it. tests/numerics run it in
+Triton's interpreter and compile it for cards that needn't be there. Only the language's own built-ins are used, not
+its library (`tl.sum`, `tl.zeros`): the library is compiled or interpreted as it was when triton was imported.
 
 Both kernels read the codes as plain bytes and move their bits, so that they need no FP8 unit (compute capability 8.9);
 the sum over products is kept in float32. A sum's order depends on the shapes and on BLOCK_K alone, which is the same in
@@ -36,10 +37,15 @@ def _decode(codes, dtype: tl.constexpr):
 
 
 @triton.jit
+def _add(a, b):
+    return a + b
+
+
+@triton.jit
 def _tile(num_rows, num_columns, rows_block: tl.constexpr, columns_block: tl.constexpr):
     """Which tile of the result a program makes: eight tiles of rows at a time, so that factors stay in the cache."""
-    tiles_down = tl.cdiv(num_rows, rows_block)
-    tiles_across = tl.cdiv(num_columns, columns_block)
+    tiles_down = (num_rows + rows_block - 1) // rows_block
+    tiles_across = (num_columns + columns_block - 1) // columns_block
     program = tl.program_id(0)
     per_band = 8 * tiles_across
     first = program // per_band * 8
@@ -83,7 +89,7 @@ def linear_kernel(
     x_rows = x + tl.minimum(m, M - 1).to(tl.int64)[:, None] * K
     start = tl.program_id(1) * chunk
     stop = min(start + chunk, K)
-    total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    total = tl.full((BLOCK_N, BLOCK_M), 0.0, tl.float32)
     for at in range(start, stop, BLOCK_K):
         k = at + tl.arange(0, BLOCK_K)
         if EVEN_K:
@@ -129,7 +135,7 @@ def row_kernel(
     row = tl.program_id(1).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     w_rows = codes + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K
-    total = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
+    total = tl.full((BLOCK_N, BLOCK_K), 0.0, tl.float32)
     for at in range(0, K, BLOCK_K):
         k = at + tl.arange(0, BLOCK_K)
         if EVEN_K:
@@ -139,7 +145,7 @@ def row_kernel(
             w = tl.load(w_rows + k[None, :], mask=k[None, :] < K, other=0)
             other = tl.load(x + row * K + k, mask=k < K, other=0.0)
         total += _decode(w, tl.float32) * other.to(tl.float32)[None, :]
-    values = tl.sum(total, axis=1)
+    values = tl.reduce(total, 1, _add)
     if SCALE == 1:
         values *= tl.load(scale)
     elif SCALE == 2:
@@ -183,7 +189,7 @@ def grad_input_kernel(
     grad_rows = grad + tl.minimum(m, M - 1).to(tl.int64)[:, None] * N
     start = tl.program_id(1) * chunk
     stop = min(start + chunk, N)
-    total = tl.zeros((BLOCK_M, BLOCK_K), dtype=tl.float32)
+    total = tl.full((BLOCK_M, BLOCK_K), 0.0, tl.float32)
     for at in range(start, stop, BLOCK_N):
         n = at + tl.arange(0, BLOCK_N)
         if EVEN_N:

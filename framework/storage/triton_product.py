@@ -9,6 +9,8 @@ Letters: M rows of the input, K inputs, N outputs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -64,7 +66,6 @@ _TILINGS: tuple[tuple[int, tuple[Tiling, ...]], ...] = (
         (
             Tiling(64, 128, 64, 4, 4),
             Tiling(128, 64, 64, 4, 4),
-            Tiling(128, 128, 64, 4, 3),
             Tiling(128, 128, 64, 8, 3),
             Tiling(256, 128, 64, 8, 3),
             Tiling(128, 256, 64, 8, 3),
@@ -95,13 +96,33 @@ def can_fuse(x: Tensor, codes: Tensor, dequant_scale: Tensor | None) -> bool:
     )
 
 
+class _Choice:
+    """What `use_fused` asks for. Plain state and not a context variable: backward runs in threads of its own."""
+
+    always: bool | None = None
+
+
+@contextmanager
+def use_fused(always: bool) -> Iterator[None]:
+    """Inside, every product that can be fused is, or none, whatever was measured: for benchmarks and tests."""
+    before = _Choice.always
+    _Choice.always = always
+    try:
+        yield
+    finally:
+        _Choice.always = before
+
+
 def choose_product(device: torch.device, rows: int) -> bool:
     """Whether the fused product is the default for an input of so many rows: only where it was measured faster.
 
-    device: where the product runs.   rows: M.
+    device: where the product runs.   rows: M.   `use_fused` overrides the measurement, but not `is_available`.
     """
-    if not _FASTER or not is_available(device):
+    wanted = bool(_FASTER) if _Choice.always is None else _Choice.always
+    if not wanted or not is_available(device):
         return False
+    if _Choice.always:
+        return True
     return any(rows in faster for faster in _FASTER.get(_capability(device.index), ()))
 
 

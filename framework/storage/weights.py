@@ -36,11 +36,11 @@ class StoredWeight:
         """Whether the values are FP8 codes."""
         return self.values.dtype == torch.uint8
 
-    def decoded(self, dtype: torch.dtype) -> Tensor:
-        """The whole weight in `dtype`, scale included; a new tensor unless it is stored in that format."""
+    def decoded(self, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
+        """The weight in `dtype`, scale included: in `out` if given, else new unless it is stored in that format."""
         if not self.is_encoded:
             return self.values.to(dtype)
-        return dequantise(self.values, self.dequant_scale, dtype, self.block_shape)
+        return dequantise(self.values, self.dequant_scale, dtype, self.block_shape, out=out)
 
 
 class WeightSource(Protocol):

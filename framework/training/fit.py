@@ -27,6 +27,8 @@ from framework.training.checkpoint_io import AtomicCheckpointIO
 from framework.training.checkpointing import CheckpointCallback
 from framework.training.data_module import DiffusionDataModule
 from framework.training.ema import UpdateEma
+from framework.training.encoding_log import EncodingLog, cache_folder, plan_within_budget
+from framework.training.fitting import resolve_fit
 from framework.training.lifecycle import RunLifecycle
 from framework.training.metrics import MetricsCallback, StepClock
 from framework.training.module import DiffusionTrainingModule
@@ -68,16 +70,15 @@ def fit(config: RunConfig, *, config_yaml: str) -> RunResult:
     Everything that can be judged without weights is judged first. Raises ConfigError, SourceError, DataError or
     PlanError before training and RunError where it can't be started, resumed or finished.
     """
-    check_optimizer(config.optim)
-    check_loggers(config)
-    device = resolve_device(config.model.device)
-    _check_processes(config, device)
-    resolve_compute_dtype(config.model.compute_dtype, device)
+    device = _check_machine(config)
+    with show_log():
+        config, config_yaml = resolve_fit(config, config_yaml, device=str(device))
     plan = build_run_plan(config, device=str(device))
     family = get_family(config.model.family)
     load_family_extras(family, config.model)
     start = find_start(config)
     check_same_sources(start, {c.name: c.commit for c in plan.components})
+    plan, chosen = plan_within_budget(config, plan, family, device=device, start=start)
 
     clock = StepClock()
     metrics = MetricsCallback(clock, every_n_steps=config.trainer.log_every_n_steps)
@@ -93,6 +94,7 @@ def fit(config: RunConfig, *, config_yaml: str) -> RunResult:
     )
     callbacks: list[pl.Callback] = [
         lifecycle,
+        EncodingLog(lifecycle, plan, family, folder=cache_folder(config), chosen=chosen),
         clock,
         SeedEachMicroStep(config.trainer.seed),
         UpdateEma(),
@@ -120,6 +122,16 @@ def fit(config: RunConfig, *, config_yaml: str) -> RunResult:
             module.release()
     assert lifecycle.result is not None
     return lifecycle.result
+
+
+def _check_machine(config: RunConfig) -> torch.device:
+    """Refuse what this machine can't do, and return the device to train on."""
+    check_optimizer(config.optim)
+    check_loggers(config)
+    device = resolve_device(config.model.device)
+    _check_processes(config, device)
+    resolve_compute_dtype(config.model.compute_dtype, device)
+    return device
 
 
 @contextmanager

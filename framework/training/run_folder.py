@@ -33,7 +33,7 @@ STATE_FILE = "run.json"
 CHECKPOINT_FOLDER = "checkpoints"
 LOCK_FILE = ".lock"
 # Keys that may differ between a stopped run and the command that goes on with it.
-_FREE_KEYS = (
+FREE_KEYS = (
     ("checkpoint", "resume"),
     ("run", "output_dir"),
     ("trainer", "log_every_n_steps"),
@@ -127,7 +127,7 @@ def check_same_sources(start: RunStart, commits: Mapping[str, str | None]) -> No
 def config_key(config: RunConfig) -> str:
     """Hash of all settings that decide what a run computes; equal keys may go on with each other."""
     values: dict[str, Any] = config.model_dump(mode="json")
-    for *parents, last in _FREE_KEYS:
+    for *parents, last in FREE_KEYS:
         section = values
         for name in parents:
             section = section[name]

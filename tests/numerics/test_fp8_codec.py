@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from framework.storage.fp8 import (
     E4M3_MAX,
@@ -78,7 +79,7 @@ def test_encode_of_decoded_codes_gives_the_codes_back(dtype: torch.dtype) -> Non
     assert torch.equal(codes.flatten(), FINITE_CODES)
 
 
-@pytest.mark.parametrize("scaling", ["row", "tensor"])
+@pytest.mark.parametrize("scaling", ["row", "tensor", "block"])
 @pytest.mark.parametrize("std", [1e-4, 0.02, 30.0])
 def test_error_bound_of_each_weight(scaling: str, std: float) -> None:
     torch.manual_seed(0)
@@ -86,7 +87,8 @@ def test_error_bound_of_each_weight(scaling: str, std: float) -> None:
     weight[3] *= 1000
     codes, scale = encode_e4m3(weight, scaling)
     assert scale is not None
-    step = scale.double().reshape(-1, 1)
+    code_of_one = torch.full_like(codes, 0x38)
+    step = dequantise(code_of_one, scale, torch.float64)
     error = (decode_e4m3(codes, torch.float64) * step - weight).abs()
     # 2**-4: half a step of 3 mantissa bits; 2**-10: half a step of subnormal codes; the rest is float32 rounding.
     bound = torch.maximum(weight.abs() * 2.0**-4, step * 2.0**-10) * (1 + 1e-5)
@@ -161,7 +163,7 @@ def test_extreme_weights_stay_finite() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("scaling", ["row", "tensor", "none"])
+@pytest.mark.parametrize("scaling", ["row", "tensor", "none", "block"])
 def test_weights_that_are_not_finite_are_refused(bad: float, scaling: str) -> None:
     weight = torch.zeros(4, 4)
     weight[2, 1] = bad
@@ -181,18 +183,142 @@ def test_only_float_tensors_with_rows_are_encoded() -> None:
         encode_e4m3(torch.tensor(1.0))
 
 
-def test_encoding_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("scaling", ["row", "tensor", "none", "block"])
+def test_working_in_chunks_changes_nothing(scaling: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    weight = torch.randn(37, 11).to(torch.bfloat16)
-    for scaling in ("row", "tensor", "none"):
-        whole, whole_scale = encode_e4m3(weight, scaling)
-        with monkeypatch.context() as patch:
-            patch.setattr("framework.storage.fp8._CHUNK_ELEMENTS", 25)
-            parts, parts_scale = encode_e4m3(weight, scaling)
-        assert torch.equal(whole, parts)
-        assert (whole_scale is None and parts_scale is None) or torch.equal(
-            whole_scale, parts_scale
-        )
+    weight = (torch.randn(37, 11) * torch.logspace(-2, 2, 37)[:, None]).to(torch.bfloat16)
+    block = (4, 3) if scaling == "block" else None
+    whole, whole_scale = encode_e4m3(weight, scaling, block)
+    decoded = decode_e4m3(whole, torch.bfloat16)
+    weight_again = dequantise(whole, whole_scale, torch.float32, block)
+    monkeypatch.setattr("framework.storage.fp8._CHUNK_ELEMENTS", 25)
+    parts, parts_scale = encode_e4m3(weight, scaling, block)
+    assert torch.equal(whole, parts)
+    if whole_scale is None:
+        assert parts_scale is None
+    else:
+        assert parts_scale is not None
+        assert torch.equal(whole_scale, parts_scale)
+    assert torch.equal(decode_e4m3(whole, torch.bfloat16), decoded)
+    assert torch.equal(dequantise(whole, whole_scale, torch.float32, block), weight_again)
+    with_nan = whole.clone()
+    with_nan[-1, -1] = 0x7F
+    assert has_nan_codes(with_nan)
+    assert not has_nan_codes(whole)
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (7, 9), (5, 2, 3, 3), (1, 1), (9,)])
+@pytest.mark.parametrize("block", [(2, 4), (1, 3), (128, 128), (3, 1)])
+def test_each_block_has_the_scale_of_its_largest_weight(
+    shape: tuple[int, ...], block: tuple[int, int]
+) -> None:
+    """Against a loop over the blocks: shape and direction of the scale, codes, and the way back."""
+    torch.manual_seed(0)
+    weight = torch.randn(shape) * torch.logspace(-3, 3, shape[0]).reshape(
+        -1, *[1] * (len(shape) - 1)
+    )
+    codes, scale = encode_e4m3(weight, "block", block)
+    matrix = weight.reshape(shape[0], -1)
+    expected = torch.empty_like(matrix)
+    assert codes.shape == weight.shape
+    assert scale is not None
+    assert scale.shape == (-(-matrix.shape[0] // block[0]), -(-matrix.shape[1] // block[1]))
+    for row in range(scale.shape[0]):
+        for column in range(scale.shape[1]):
+            part = (
+                slice(row * block[0], (row + 1) * block[0]),
+                slice(column * block[1], (column + 1) * block[1]),
+            )
+            one = matrix[part].abs().amax() / E4M3_MAX
+            assert scale[row, column] == one
+            fp8 = (matrix[part] / one).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+            expected[part] = fp8.float() * one
+    assert torch.equal(dequantise(codes, scale, torch.float32, block), expected.view(shape))
+
+
+def test_small_blocks_hold_outlying_columns_better_than_rows() -> None:
+    """The reason for blocks: one large column no longer sets the scale of its whole row."""
+    torch.manual_seed(0)
+    weight = 0.02 * torch.randn(256, 1024)
+    weight[:, ::128] *= 3000
+    small = torch.ones(1024, dtype=torch.bool)
+    small[::128] = False
+    errors = {}
+    for name, block in (("row", None), ("block", (1, 16))):
+        codes, scale = encode_e4m3(weight, "row" if block is None else "block", block)
+        off = (dequantise(codes, scale, torch.float32, block) - weight)[:, small]
+        errors[name] = float(off.norm() / weight[:, small].norm())
+    assert errors["block"] < 0.9 * errors["row"]
+
+
+def test_a_block_or_scale_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="holds no weight"):
+        encode_e4m3(torch.ones(4, 4), "block", (0, 4))
+    codes, scale = encode_e4m3(torch.ones(4, 4), "block", (2, 2))
+    with pytest.raises(ValueError, match="doesn't belong"):
+        dequantise(codes, scale, torch.float32, (4, 4))
+    with pytest.raises(ValueError, match="doesn't belong"):
+        dequantise(codes, torch.ones(3), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decoding_into_a_given_tensor_allocates_no_second_one(
+    dtype: torch.dtype, flush: bool
+) -> None:
+    codes = FINITE_CODES.repeat(3, 2)
+    expected = decode_e4m3(codes, dtype)
+    out = torch.full(codes.shape, 7.0, dtype=dtype)
+    assert decode_e4m3(codes, dtype, out=out) is out
+    assert torch.equal(out, expected)
+    scale = torch.rand(3) + 0.5
+    weight = dequantise(codes, scale, dtype)
+    assert dequantise(codes, scale, dtype, out=out) is out
+    assert torch.equal(out, weight)
+    with pytest.raises(ValueError, match="don't fit"):
+        decode_e4m3(codes, dtype, out=out[:2])
+    with pytest.raises(ValueError, match="don't fit"):
+        decode_e4m3(codes, torch.bfloat16 if dtype != torch.bfloat16 else torch.float32, out=out)
+
+
+def test_decoding_keeps_the_strides_of_codes() -> None:
+    torch.manual_seed(0)
+    codes, _ = encode_e4m3(torch.randn(4, 3, 5, 5))
+    last = codes.to(memory_format=torch.channels_last)
+    decoded = decode_e4m3(last, torch.bfloat16)
+    assert decoded.stride() == last.stride()
+    assert torch.equal(decoded, decode_e4m3(codes, torch.bfloat16))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fake_tensors_pass_with_few_operations(
+    device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan is traced on tensors that have sizes only: one chunk stands for all, and no value is asked for."""
+    monkeypatch.setattr("framework.storage.fp8._CHUNK_ELEMENTS", 64)
+    with FakeTensorMode():
+        codes = torch.empty(512, 64, dtype=torch.uint8, device=device)
+        for scale, block in (
+            (None, None),
+            (torch.empty(512, device=device), None),
+            (torch.empty(1, device=device), None),
+            (torch.empty(4, 1, device=device), None),
+            (torch.empty(512, 2, device=device), (1, 32)),
+        ):
+            result = dequantise(codes, scale, dtype, block)
+            assert (result.shape, result.dtype, result.device.type) == (
+                codes.shape,
+                dtype,
+                device,
+            )
+            assert dequantise(codes, scale, dtype, block, out=result) is result
+
+
+def test_decoding_in_inference_mode() -> None:
+    with torch.inference_mode():
+        out = torch.empty(254, dtype=torch.bfloat16)
+        decode_e4m3(FINITE_CODES, torch.bfloat16, out=out)
+    assert torch.equal(out.clone(), decode_e4m3(FINITE_CODES, torch.bfloat16))
 
 
 def test_empty_weights() -> None:

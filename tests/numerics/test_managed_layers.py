@@ -162,7 +162,10 @@ def test_embedding_decodes_the_rows_that_are_looked_up(
     monkeypatch.setattr(
         module,
         "dequantise",
-        lambda codes, *rest: (decoded.append(codes.numel()), original(codes, *rest))[1],
+        lambda codes, *rest, **options: (
+            decoded.append(codes.numel()),
+            original(codes, *rest, **options),
+        )[1],
     )
     assert torch.equal(managed(ids), functional.embedding(ids, table))
     assert decoded == [ids.numel() * 12]

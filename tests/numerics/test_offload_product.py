@@ -122,7 +122,9 @@ RUNS = {"dit": run_dit, "text_encoder": run_text_encoder, "vae": run_vae}
 
 def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     assert a.keys() == b.keys()
-    first, second = (torch.cat([v.double().flatten() for _, v in sorted(x.items())]) for x in (a, b))
+    first, second = (
+        torch.cat([v.double().flatten() for _, v in sorted(x.items())]) for x in (a, b)
+    )
     return float((first - second).norm() / second.norm())
 
 
@@ -231,6 +233,7 @@ def test_full_training_rests_on_the_device_in_bf16(
             "dit": {"trainable": "full", "precision": precision, "offload": offload},
         },
         "data": {"path": "pictures"},
+        "run": {"name": "test"},
     }
     found = {fault.path for fault in examine_values(values, lambda path: "test").faults}
     expected = set()

@@ -1,0 +1,203 @@
+"""Planned tensors as they come out of their files, in the form in which they rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from framework.errors import PlanError
+from framework.inventory import StoredTensor, read_file_header, read_inventory
+from framework.plan.published import published_scaling
+from framework.plan.types import (
+    ComponentPlan,
+    Scaling,
+    StorageDtype,
+    StoredScale,
+    TensorGroup,
+    TensorPlan,
+    scale_shape,
+)
+from framework.runtime.streaming import TORCH_DTYPES, read_tensor, read_tensors
+from framework.storage.fp8 import dequantise, encode_e4m3, has_nan_codes
+from framework.storage.weights import StoredWeight
+
+RESTING_DTYPES: dict[StorageDtype, torch.dtype] = {
+    "fp8_e4m3": torch.uint8,  # codes are held as bytes
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+}
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """A planned tensor and where it lies now.
+
+    stored: on this machine.   scale: the published scale of FP8 values, if the file has one.
+    """
+
+    group: TensorGroup
+    tensor: TensorPlan
+    stored: StoredTensor
+    scale: StoredTensor | None
+
+
+def match_files(plan: ComponentPlan, folder: Path) -> list[TensorSource]:
+    """Pair planned tensors with the files as they are now; they must not have changed since the plan was made.
+
+    folder: of the component, on this machine.   Raises PlanError where something changed, SourceError for bad files.
+    """
+    inventory = _inventory(plan, folder)
+    return [
+        TensorSource(
+            group,
+            tensor,
+            _find(inventory, tensor.source_key, tensor, plan.name, folder),
+            None
+            if tensor.published_scale is None
+            else _find(
+                inventory, tensor.published_scale.key, tensor.published_scale, plan.name, folder
+            ),
+        )
+        for group in plan.groups
+        for tensor in group.tensors
+    ]
+
+
+def read_resting(
+    sources: Iterable[TensorSource],
+    device: torch.device,
+    on_progress: Callable[[int], None] | None = None,
+) -> Iterator[tuple[TensorSource, StoredWeight]]:
+    """Yield each tensor in the form in which it rests, in the order in which they lie in the files.
+
+    It lies on `device`, with memory of its own; but a tensor that moves may lie elsewhere or share the buffer of the
+    next one: put it where it rests before asking for that.
+    on_progress: called with the bytes read since the last call.
+    Memory: the largest tensor of the file beside what is yielded.
+    Raises PlanError for values that can't be stored as planned, SourceError for files that can't be read.
+    """
+    by_key = {(source.stored.file, source.stored.key): source for source in sources}
+    kept = {s.stored.key for s in by_key.values() if _rests_as_read(s, device)}
+    for stored, values in read_tensors((s.stored for s in by_key.values()), kept=kept):
+        source = by_key[stored.file, stored.key]
+        yield source, _resting(source, values, device)
+        if on_progress is not None:
+            on_progress(stored.num_bytes)
+
+
+def _rests_as_read(source: TensorSource, device: torch.device) -> bool:
+    """Whether the bytes of the file are those that rest, in host memory: then no buffer stands between them."""
+    resting = RESTING_DTYPES[source.group.states.onload.storage_dtype]
+    in_file = TORCH_DTYPES[source.stored.dtype]
+    if in_file == torch.float8_e4m3fn:
+        in_file = torch.uint8
+    return device.type == "cpu" and resting == in_file and not source.group.moves
+
+
+def _resting(source: TensorSource, values: Tensor, device: torch.device) -> StoredWeight:
+    """A tensor of a file in the form in which it rests; encoded on the device, where that is faster."""
+    group = source.group
+    kept = _rests_as_read(source, device)
+    if group.scaling is not None:
+        if source.stored.dtype != "F8_E4M3":
+            return _encode(source, values, device)
+        codes = _codes(source, values)
+        return StoredWeight(
+            codes if kept or group.moves else codes.to(device, copy=True),
+            _published_scale(source, device),
+            group.block_shape,
+        )
+    dtype = RESTING_DTYPES[group.states.onload.storage_dtype]
+    if source.scale is not None:
+        weight = values.to("cpu" if device.type == "mps" else device)
+        return StoredWeight(_dequantised(source, weight, dtype).to(device))
+    if group.moves:
+        return StoredWeight(values.to(dtype))
+    return StoredWeight(values if kept else values.to(device=device, dtype=dtype, copy=True))
+
+
+def _encode(source: TensorSource, values: Tensor, device: torch.device) -> StoredWeight:
+    group, tensor = source.group, source.tensor
+    assert group.scaling is not None
+    # Apple's GPU knows no FP8: the host encodes for it.
+    values = values.to("cpu" if device.type == "mps" else device)
+    try:
+        codes, scale = encode_e4m3(values, group.scaling, group.block_shape)
+    except ValueError as error:
+        hint = "set fp8.scaling=row" if group.scaling == "none" else "the checkpoint is damaged"
+        raise PlanError(f"{tensor.source_key}: {error}", where=tensor.file, hint=hint) from error
+    return StoredWeight(
+        codes.to(device), None if scale is None else scale.to(device), group.block_shape
+    )
+
+
+def _codes(source: TensorSource, values: Tensor) -> Tensor:
+    """FP8 values of a file as codes, sharing their memory; kept as they are, for encoding again would add error."""
+    codes = values.view(torch.uint8)
+    if has_nan_codes(codes):
+        raise PlanError(f"{source.tensor.source_key} holds NaN", where=source.stored.file)
+    return codes
+
+
+def _published_scale(source: TensorSource, device: torch.device) -> Tensor | None:
+    """The file's scale in the shape that the codec gives to its own."""
+    if source.scale is None:
+        return None
+    scale = read_tensor(source.scale).float()
+    if not bool(torch.isfinite(scale).all()):
+        raise PlanError(f"{source.scale.key} isn't finite", where=source.scale.file)
+    scaling, block_shape = _scaling(source)
+    shape = scale_shape(source.tensor.shape, scaling, block_shape)
+    assert shape is not None
+    return scale.reshape(shape).to(device)
+
+
+def _dequantised(source: TensorSource, values: Tensor, dtype: torch.dtype) -> Tensor:
+    """A weight that is FP8 in the file and rests in another number format: its scale is multiplied in."""
+    block_shape = _scaling(source)[1]
+    scale = _published_scale(source, values.device)
+    return dequantise(_codes(source, values), scale, dtype, block_shape)
+
+
+def _scaling(source: TensorSource) -> tuple[Scaling, tuple[int, int] | None]:
+    """How the file's scale belongs to the values."""
+    if source.group.scaling is not None:
+        return source.group.scaling, source.group.block_shape
+    assert source.scale is not None
+    fitting = published_scaling(source.tensor.shape, source.scale.shape)
+    assert fitting is not None  # a plan with any other scale isn't made
+    return fitting
+
+
+def _find(
+    inventory: dict[str, StoredTensor],
+    key: str,
+    planned: TensorPlan | StoredScale,
+    component: str,
+    folder: Path,
+) -> StoredTensor:
+    stored = inventory.get(key)
+    if stored is None or (stored.shape, stored.dtype) != (planned.shape, planned.source_dtype):
+        found = f"{stored.dtype} {list(stored.shape)}" if stored else "no such tensor"
+        raise PlanError(
+            f"the files of {component} changed since the plan was made: {key}",
+            where=str(folder),
+            found=found,
+            hint="run the command again",
+        )
+    return stored
+
+
+def _inventory(plan: ComponentPlan, folder: Path) -> dict[str, StoredTensor]:
+    """Key -> tensor of all files that the plan names: those of the folder, or one in a folder of converted weights."""
+    files = {tensor.file for group in plan.groups for tensor in group.tensors}
+    elsewhere = {f for f in files if Path(f).is_absolute() and Path(f).parent != folder}
+    inventory = {} if elsewhere == files else read_inventory(folder)
+    for file in sorted(elsewhere):
+        inventory |= read_file_header(Path(file))
+    return inventory
