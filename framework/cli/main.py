@@ -124,59 +124,69 @@ def train(
     return 0
 
 
-@app.command(context_settings=_FLAGS_PASS)
-def plan(
-    overrides: Overrides = None,
-    config_dir: ConfigDir = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+@app.command("plan", context_settings=_FLAGS_PASS)
+@dataclass
+class Plan:
+    """Say what a run will hold in memory, from the headers of its weights alone."""
+
+    # A class, because its options are many, as those of `generate`.
+    overrides: Overrides = None
+    config_dir: ConfigDir = None
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False
     layers: Annotated[
         str | None,
         typer.Option(
             "--layers", metavar="COMPONENT", help="List the layers of one component instead."
         ),
-    ] = None,
+    ] = None
     error: Annotated[
         bool,
         typer.Option(
             "--error", help="Measure what FP8 costs in accuracy instead; reads the weights."
         ),
-    ] = False,
+    ] = False
     fit: Annotated[
         str | None,
         typer.Option(
             "--fit", metavar="SIZE", help="Choose settings for a device of this size, e.g. 24GiB."
         ),
-    ] = None,
+    ] = None
     host: Annotated[
         str | None,
         typer.Option("--host", metavar="SIZE", help="Host memory that --fit may use."),
-    ] = None,
+    ] = None
     activations: Annotated[
         bool,
         typer.Option(help="Trace activations, which takes torch and some seconds."),
-    ] = True,
+    ] = True
     chart: Annotated[
         Path | None,
         typer.Option("--chart", metavar="FILE", help="Draw the phases as a .png or .svg file."),
-    ] = None,
-) -> None:
-    """Say what a run will hold in memory, from the headers of its weights alone."""
-    if error:
-        from framework.cli.encoding_error import run_encoding_error
+    ] = None
 
-        run_encoding_error(overrides or [], as_json=as_json, config_dir=config_dir)
-        return
-    from framework.cli.plan import fit_overrides, run_plan
+    def __post_init__(self) -> None:
+        if self.error:
+            if any((self.layers, self.fit, self.host, self.chart)):
+                raise typer.BadParameter(
+                    "--error prints a report of its own: leave out --layers, --fit, --host, --chart"
+                )
+            from framework.cli.encoding_error import run_encoding_error
 
-    overrides = [*(overrides or []), *fit_overrides(fit, host)]
-    run_plan(
-        overrides,
-        as_json=as_json,
-        layers=layers,
-        activations=activations,
-        chart=chart,
-        config_dir=config_dir,
-    )
+            run_encoding_error(
+                self.overrides or [], as_json=self.as_json, config_dir=self.config_dir
+            )
+            return
+        from framework.cli.plan import fit_overrides, run_plan
+
+        overrides = [*(self.overrides or []), *fit_overrides(self.fit, self.host)]
+        run_plan(
+            overrides,
+            as_json=self.as_json,
+            layers=self.layers,
+            activations=self.activations,
+            chart=self.chart,
+            config_dir=self.config_dir,
+        )
 
 
 @app.command(context_settings=_FLAGS_PASS)
@@ -358,7 +368,8 @@ def _misspelt_option(arguments: Sequence[str]) -> tuple[str, str] | None:
     commands = getattr(typer.main.get_command(app), "commands", {})
     if not arguments or arguments[0] not in commands:
         return None
-    own = [flag for parameter in commands[arguments[0]].params for flag in parameter.opts]
+    parameters = commands[arguments[0]].params
+    own = [flag for p in parameters for flag in (*p.opts, *p.secondary_opts)]
     for argument in arguments[1:]:
         flag = argument.partition("=")[0]
         if not flag.startswith("--") or flag in own or "." in flag:

@@ -72,7 +72,9 @@ def plan_summary(plan: VramPlan) -> dict[str, Any]:
         "compute_dtype": plan.compute_dtype,
         "device": plan.device,
         "vram_limit_bytes": plan.vram_limit_bytes,
-        "traced_with": None if plan.traced_with is None else plan.traced_with.model_dump(mode="json"),
+        "traced_with": None
+        if plan.traced_with is None
+        else plan.traced_with.model_dump(mode="json"),
         "components": {part.name: _component_summary(part) for part in plan.components},
         "phases": {
             phase.name: {
@@ -157,7 +159,10 @@ def _phase_table(plan: VramPlan) -> Table:
         table.add_row(
             phase.name,
             ", ".join(phase.components),
-            *(format_bytes(count) if count else "-" for count in (parts.weights, trains, parts.fetched)),
+            *(
+                format_bytes(count) if count else "-"
+                for count in (parts.weights, trains, parts.fetched)
+            ),
             "?" if working is None else format_bytes(working) if working else "-",
             format_bytes(phase.device_bytes),
             format_bytes(phase.host_bytes) if phase.host_bytes else "-",

@@ -89,7 +89,8 @@ class _TracedOnce:
             for phase in found.phases
             if phase.name not in ("load", "save")
         }
-        return with_traced(self._outline(model), traced)
+        assert found.traced_with is not None
+        return with_traced(self._outline(model), traced, found.traced_with)
 
 
 def _limits(model: ModelConfig, device: str, *, processes: int) -> Limits:

@@ -52,3 +52,9 @@ def test_without_fp8_there_is_nothing_to_measure(capsys: Capture) -> None:
     printed = capsys.readouterr().err
     assert "no component is stored in FP8" in printed
     assert "model.dit.precision=fp8" in printed
+
+
+@pytest.mark.parametrize("option", [["--layers", "dit"], ["--fit", "8GiB"], ["--chart", "a.png"]])
+def test_what_the_report_does_not_read_is_refused(capsys: Capture, option: list[str]) -> None:
+    assert main(["plan", "--error", *FP8, *option]) == 2
+    assert "a report of its own" in capsys.readouterr().err
