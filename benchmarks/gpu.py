@@ -34,6 +34,16 @@ WAYS: dict[str, dict[str, Any]] = {
     "FP8, fused, host, layer": {"offload": "host", "granularity": "layer", "fused": True},
 }
 
+COLUMNS = (
+    "storage",
+    "step, ms",
+    "against bf16",
+    "peak, GiB",
+    "against bf16",
+    "weights at rest on the device, GiB",
+    "loaded in, s",
+)
+
 
 def measure(options: argparse.Namespace, folder: Path, tokens: int) -> dict[str, dict[str, float]]:
     """Way -> what was measured, at one number of image tokens."""
@@ -62,10 +72,7 @@ def measure(options: argparse.Namespace, folder: Path, tokens: int) -> dict[str,
 
 def table(results: dict[str, dict[str, float]]) -> str:
     """Markdown; ratios to the first way."""
-    rows = [
-        "| storage | step, ms | against bf16 | peak, GiB | against bf16 | weights at rest on the device, GiB | loaded in, s |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    rows = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     base = next(iter(results.values()))
     for name, got in results.items():
         cells = [

@@ -33,8 +33,8 @@ dropped from the system's cache before each step."""
 class Way:
     """The driving side: starts the process and asks it.
 
-    about: `resting_bytes` in the module, on the device; `moving_bytes` of weights that rest elsewhere, `fetched_bytes` of
-    them in a step, `held_bytes` at most on the device; `loading_seconds`. Or `missing`: why it can't run here.
+    about: `resting_bytes` in the module, on the device; `moving_bytes` of weights that rest elsewhere, `fetched_bytes`
+    of them in a step, `held_bytes` at most on the device; `loading_seconds`. Or `missing`: why it can't run here.
     """
 
     def __init__(self, name: str, **settings: Any) -> None:

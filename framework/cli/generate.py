@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.progress import Progress
@@ -12,6 +13,7 @@ from rich.text import Text
 from framework.cli.configuration import judged_config
 from framework.cli.report import error_console, output_console
 from framework.errors import ConfigError, Fault, SourceError
+from framework.plan.types import ComponentPlan
 from framework.schema.run import RunConfig
 
 
@@ -67,6 +69,13 @@ def _generate(
     )
     console = error_console()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+
+        @contextmanager
+        def watch(part: ComponentPlan) -> Iterator[Callable[[int], None]]:
+            reading = progress.add_task(f"Reading {part.name}", total=part.source_bytes)
+            yield lambda count: progress.advance(reading, count)
+            progress.remove_task(reading)
+
         task = progress.add_task("Denoising", total=None)
         images = generate(
             config.model,
@@ -75,6 +84,7 @@ def _generate(
             negative_prompt=config.sample.negative_prompt,
             lora=lora,
             on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+            watch=watch,
         )
     return write_images(
         images, prompts, out, settings=settings, source=config.model.source, lora=lora

@@ -38,14 +38,19 @@ def run_plan(
             raise ConfigError(
                 [Fault("--layers", message, f"command line: --layers {layers}", components)]
             )
-        if config.model.fit is not None and layers is None:
-            _print_fit(config, as_json=as_json)
-            return
         from framework.plan.chart import check_chart_name, write_chart
         from framework.plan.table import layers_table, plan_json, render_plan
 
         if chart is not None:
             check_chart_name(chart)
+        if config.model.fit is not None:
+            _check_activations(activations)
+            plan = _print_fit(config, as_json=as_json, quiet=layers is not None)
+            if chart is not None:
+                write_chart(plan, chart)
+            if layers is not None:
+                output_console().print(layers_table(plan, layers))
+            return
         plan = _plan(config, activations=activations and layers is None)
     if chart is not None:
         write_chart(plan, chart)
@@ -61,6 +66,12 @@ def _plan(config: RunConfig, *, activations: bool) -> VramPlan:
     """The plan with activations, or without where they aren't asked for or torch isn't installed."""
     from framework.plan.build import build_run_plan
 
+    if config.model.dit.precision == "fp8" and config.model.dit.fp8.error_budget is not None:
+        error_console().print(
+            "Layers that model.dit.fp8.error_budget keeps in high precision come on top; "
+            "`octavo plan --error` reads the weights and says which.",
+            style="yellow",
+        )
     if activations:
         try:
             from framework.runtime.forecast import forecast_run
@@ -92,8 +103,20 @@ def fit_overrides(fit: str | None, host: str | None) -> list[str]:
     return [f"model.{key}={size}" for key, size in options.items() if size is not None]
 
 
-def _print_fit(config: RunConfig, *, as_json: bool) -> None:
-    """Print what `model.fit` chooses.   Raises PlanError, after the table, where nothing fits."""
+def _check_activations(activations: bool) -> None:
+    """Refuse to choose settings by weights alone: what fits then may not fit in truth."""
+    if not activations:
+        hint = "Leave out --no-activations, or leave out --fit and model.fit (model.fit=null)."
+        message = "settings can't be chosen without activations"
+        where = "command line: --no-activations"
+        raise ConfigError([Fault("--no-activations", message, where, hint=hint)])
+
+
+def _print_fit(config: RunConfig, *, as_json: bool, quiet: bool) -> VramPlan:
+    """Print what `model.fit` chooses, unless `quiet`, and return the plan with it.
+
+    Raises PlanError, after the table, where nothing fits.
+    """
     try:
         from framework.cli.fit import fit_json, render_fit, run_fit
     except ModuleNotFoundError as error:
@@ -105,8 +128,8 @@ def _print_fit(config: RunConfig, *, as_json: bool) -> None:
     from framework.plan.fit import fitting
 
     found = run_fit(config)
-    if as_json:
+    if as_json and not quiet:
         sys.stdout.write(fit_json(found) + "\n")
-    else:
+    elif not quiet:
         output_console().print(render_fit(found))
-    fitting(found)
+    return fitting(found)[1]

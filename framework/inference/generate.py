@@ -22,7 +22,7 @@ from framework.runtime.adapters import load_lora_
 from framework.runtime.devices import resolve_compute_dtype, resolve_device
 from framework.runtime.error_budget import resolve_error_budget
 from framework.runtime.fitting import fit_inference
-from framework.runtime.residency import Residency
+from framework.runtime.residency import Residency, Watch
 from framework.schema.model import ModelConfig
 
 
@@ -35,6 +35,7 @@ def generate(
     lora: Path | None = None,
     device: str | None = None,
     on_progress: StepCallback | None = None,
+    watch: Watch | None = None,
 ) -> list[Image.Image]:
     """Make one picture per prompt; prompt i starts from the noise of seed + i.
 
@@ -42,7 +43,7 @@ def generate(
     peaks at the larger phase.
     lora: a `.safetensors` file; used on each component that it has adapters for.
     device: unset means `model.device`.
-    on_progress: called with (steps done, steps in all).
+    on_progress: called with (steps done, steps in all).   watch: opened while a component's weights are read.
     Raises ConfigError (size, prompts), SourceError (checkpoint, LoRA) or PlanError before pictures
     are made.
     """
@@ -58,7 +59,7 @@ def generate(
     model, _ = resolve_error_budget(model, family, device=place, compute_dtype=compute_dtype)
     plan = build_inference_plan(model, device=str(place))
     load_family_extras(family, model)
-    residency = Residency(plan, family, place, compute_dtype, settings.seed)
+    residency = Residency(plan, family, place, compute_dtype, settings.seed, watch=watch)
     try:
         return _generate(residency, family, prompts, settings, negative_prompt, lora, on_progress)
     finally:

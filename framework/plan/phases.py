@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from framework.plan.types import (
     BYTES_PER_ELEMENT,
+    SOURCE_BYTES,
     ComponentPlan,
     MemoryParts,
     Phase,
@@ -23,8 +24,6 @@ from framework.plan.types import (
     VramPlan,
 )
 from framework.plan.units import bytes_at, component_units
-
-_SOURCE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 
 
 class TracedPhase(NamedTuple):
@@ -231,7 +230,7 @@ def _load(entry: _Entry, device: str) -> PhasePlan:
 def _largest_source_bytes(part: ComponentPlan) -> int:
     return max(
         (
-            tensor.numel * _SOURCE_BYTES.get(tensor.source_dtype, 4)
+            tensor.numel * SOURCE_BYTES.get(tensor.source_dtype, 4)
             for group in part.groups
             for tensor in group.tensors
         ),
@@ -276,7 +275,7 @@ def _save(
 def _largest_trained_bytes(part: ComponentPlan) -> int:
     """Largest tensor of a component that trains in full; it is written in the format that it was published in."""
     sizes = [
-        prod(tensor.shape) * _SOURCE_BYTES.get(tensor.source_dtype, BYTES_PER_ELEMENT["fp32"])
+        prod(tensor.shape) * SOURCE_BYTES.get(tensor.source_dtype, BYTES_PER_ELEMENT["fp32"])
         for group in part.groups
         if group.trains
         for tensor in group.tensors

@@ -21,6 +21,8 @@ Granularity = Literal["model", "block", "layer"]
 
 BLOCK_SHAPE = (128, 128)
 """Rows and columns that share a scale with `scaling: block`, as in DeepSeek-V3 (arXiv:2412.19437)."""
+SOURCE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
+"""Bytes per element of the safetensors formats that weights are published in."""
 BYTES_PER_ELEMENT: dict[StorageDtype, int] = {"fp8_e4m3": 1, "bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -199,6 +201,15 @@ class ComponentPlan(Frozen):
     def resting_bytes(self) -> int:
         """Bytes of the component's own weights once it is loaded."""
         return sum(group.resting_bytes for group in self.groups)
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of its tensors in the files."""
+        return sum(
+            tensor.numel * SOURCE_BYTES[tensor.source_dtype]
+            for group in self.groups
+            for tensor in group.tensors
+        )
 
     @computed_field  # type: ignore[prop-decorator]
     @property

@@ -173,7 +173,7 @@ class _Tracer:
                     self.family.rehearse_text(self.text_tokens, modules["text_encoder"])
                     stages.end("caption")
 
-        return self.traced(phase, rehearsal.run(step), {})
+        return self.traced(phase, rehearsal.run(step, gradients=False), {})
 
     def sample(self, phase: PhasePlan, size_px: tuple[int, int], *, guided: bool) -> TracedPhase:
         """One denoising step of one picture, guided or not, and its decoding."""
@@ -201,7 +201,7 @@ class _Tracer:
             # While the average stands in their place, the weights that train are kept beside it.
             AVERAGE: 2 * average,
         }
-        return self.traced(phase, rehearsal.run(step), constant)
+        return self.traced(phase, rehearsal.run(step, gradients=False), constant)
 
     def text(self, dit: nn.Module, batch_size: int, dtype: torch.dtype) -> TextConditioning:
         """Encoded captions as they come from the cache."""
@@ -253,7 +253,7 @@ class _RunTracer:
                 rehearsal.modules[name].enable_gradient_checkpointing()  # type: ignore[operator]
         self._size_px = largest_size(self._config, self._family)
         self._shape = self._tracer.latent_shape(self._size_px)
-        stages = rehearsal.run(lambda found: self._step(rehearsal, found))
+        stages = rehearsal.run(lambda found: self._step(rehearsal, found), gradients=True)
         return self._tracer.traced(phase, stages, {})
 
     def _step(self, rehearsal: Rehearsal, stages: Stages) -> None:

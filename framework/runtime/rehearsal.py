@@ -23,9 +23,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from framework.hub import read_component_config
 from framework.plan.types import ComponentPlan
 from framework.runtime.adapters import attach_lora_
-from framework.runtime.load import ModuleBuilder, adapter_parameters, build_skeleton
+from framework.runtime.load import ModuleBuilder, build_skeleton
 from framework.runtime.trace import ACTIVATIONS, MeasuredBytes
 from framework.storage.fetching import Fetcher
+from framework.storage.scratch import release_scratch
 
 _SHORT = (3, 4)
 """Numbers of blocks that a shortened stack is run with; two points of a line."""
@@ -125,12 +126,21 @@ class Rehearsal:
         with self._fake:
             _fill_(module, self.device)
 
-    def run(self, step: Callable[[Stages], None]) -> dict[str, Stage]:
+    def run(self, step: Callable[[Stages], None], *, gradients: bool) -> dict[str, Stage]:
         """Run `step` and return its stages as they are with all blocks.
 
         step: is given the stages to end; it is called several times.
+        gradients: whether blocks leave anything for a backward pass; without, two of them show all that there is.
         """
+        release_scratch()
+        try:
+            return self._run(step, gradients=gradients)
+        finally:
+            release_scratch()
+
+    def _run(self, step: Callable[[Stages], None], *, gradients: bool) -> dict[str, Stage]:
         stacks = {name: _stack_of(module) for name, module in self.modules.items()}
+        shortened = [s for name, s in stacks.items() if s is not None and name in self._full_stacks]
         counter = MeasuredBytes(self.device)
         with self._fake, counter:
             for module in self.modules.values():
@@ -139,14 +149,14 @@ class Rehearsal:
             with _only([stack for stack in stacks.values() if stack is not None], 1):
                 # What modules make once and keep (rotary frequencies) is there afterwards, as in any later step.
                 self._count(step, counter)
+            if not gradients:
+                with _only(shortened, 2):
+                    return self._count(step, counter)
             longer = self._count(step, counter)
             if not self._full_stacks:
                 return longer
-            (name, full), *others = self._full_stacks.items()
-            stack = stacks[name]
-            assert stack is not None
-            assert not others, "one component at a time is shortened"
-            with _only([stack], min(_SHORT)):
+            (full,) = self._full_stacks.values()
+            with _only(shortened, min(_SHORT)):
                 shorter = self._count(step, counter)
         return {
             stage: _extended(shorter[stage], found, full)
@@ -258,14 +268,21 @@ def _fill_(module: nn.Module, device: torch.device) -> None:
 
 def _resting(module: nn.Module) -> list[Tensor]:
     """What the plan counts as weights and adapters: parameters and persistent buffers."""
-    named = dict(module.named_parameters()) | dict(module.named_buffers())
-    return [named[name] for name in {*module.state_dict(), *adapter_parameters(module)}]
+    return [*module.parameters(), *(b for owner in module.modules() for b in _buffers(owner, True))]
+
+
+def _buffers(owner: nn.Module, persistent: bool) -> list[Tensor]:
+    """A module's own buffers that a checkpoint has, or those that it hasn't."""
+    return [
+        buffer
+        for name, buffer in owner._buffers.items()
+        if buffer is not None and (name not in owner._non_persistent_buffers_set) == persistent
+    ]
 
 
 def _attributes(module: nn.Module) -> list[Tensor]:
     """Tensors that modules hold as plain attributes, and buffers that are computed and not read."""
-    persistent = set(module.state_dict())
-    buffers = [b for name, b in module.named_buffers() if name not in persistent]
+    buffers = [b for owner in module.modules() for b in _buffers(owner, False)]
     plain = [v for owner in module.modules() for v in vars(owner).values() if isinstance(v, Tensor)]
     return buffers + plain
 

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import nn
 
 from framework.plan.phases import stays_on_host
-from framework.plan.types import Phase, VramPlan
+from framework.plan.types import ComponentPlan, Phase, VramPlan
 from framework.runtime.host_memory import give_back
 from framework.runtime.load import ModuleBuilder, load_component
 from framework.storage.fetching import Fetcher
 from framework.storage.scratch import release_scratch
+
+Watch = Callable[[ComponentPlan], AbstractContextManager[Callable[[int], None]]]
 
 
 class Residency:
     """Carries out a plan phase by phase.
 
     modules: component name -> loaded module, of the current phase and whatever trains.   phase: the current one.
-    fetcher: brings offloaded weights of all components to the device.
-    A component that trains is loaded once and stays, for its weights exist nowhere else. A frozen one that rests in host
-    memory or on disk, and that a later phase needs again, goes into the state `offload`: nothing of it on the device.
+    watch: may be changed at any time.   fetcher: brings offloaded weights of all components to the device.
+    A component that trains is loaded once and stays, for its weights exist nowhere else. A frozen one that rests in
+    host memory or on disk, and that a later phase needs again, goes into the state `offload`: nothing of it is on the
+    device.
     """
 
     def __init__(
@@ -33,9 +37,9 @@ class Residency:
         compute_dtype: torch.dtype,
         seed: int = 0,
         *,
-        on_progress: Callable[[str, int], None] | None = None,
+        watch: Watch | None = None,
     ) -> None:
-        """on_progress: called with the component's name and the bytes read since the last call."""
+        """watch: opened for each component while its weights are read; given the bytes read since the last time."""
         self.plan = plan
         self.modules: dict[str, nn.Module] = {}
         self.phase: Phase | None = None
@@ -45,7 +49,7 @@ class Residency:
         self._device = device
         self._compute_dtype = compute_dtype
         self._seed = seed
-        self._on_progress = on_progress
+        self.watch = watch or unwatched
 
     def enter(self, phase: Phase) -> None:
         """Make the phase's components be there; frozen ones that it doesn't need are let go first.
@@ -95,13 +99,20 @@ class Residency:
         return self.plan.component(name).trainable != "none"
 
     def _load(self, name: str) -> nn.Module:
-        report = self._on_progress
-        return load_component(
-            self.plan.component(name),
-            self._family,
-            device=self._device,
-            compute_dtype=self._compute_dtype,
-            seed=self._seed,
-            fetcher=self.fetcher,
-            on_progress=None if report is None else lambda count: report(name, count),
-        )
+        part = self.plan.component(name)
+        with self.watch(part) as report:
+            return load_component(
+                part,
+                self._family,
+                device=self._device,
+                compute_dtype=self._compute_dtype,
+                seed=self._seed,
+                fetcher=self.fetcher,
+                on_progress=report,
+            )
+
+
+@contextmanager
+def unwatched(part: ComponentPlan) -> Iterator[Callable[[int], None]]:
+    """Read weights without telling anybody."""
+    yield lambda count: None

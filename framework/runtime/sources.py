@@ -21,7 +21,7 @@ from framework.plan.types import (
     TensorPlan,
     scale_shape,
 )
-from framework.runtime.streaming import TORCH_DTYPES, read_tensor, read_tensors
+from framework.runtime.streaming import PART_BYTES, TORCH_DTYPES, Part, read_parts, read_tensor
 from framework.storage.fp8 import dequantise, encode_e4m3, has_nan_codes
 from framework.storage.weights import StoredWeight
 
@@ -78,16 +78,62 @@ def read_resting(
     It lies on `device`, with memory of its own; but a tensor that moves may lie elsewhere or share the buffer of the
     next one: put it where it rests before asking for that.
     on_progress: called with the bytes read since the last call.
-    Memory: the largest tensor of the file beside what is yielded.
+    Memory, beside what is yielded: a few MB where the host keeps or encodes what it reads, else the largest tensor.
     Raises PlanError for values that can't be stored as planned, SourceError for files that can't be read.
     """
-    by_key = {(source.stored.file, source.stored.key): source for source in sources}
-    kept = {s.stored.key for s in by_key.values() if _rests_as_read(s, device)}
-    for stored, values in read_tensors((s.stored for s in by_key.values()), kept=kept):
-        source = by_key[stored.file, stored.key]
-        yield source, _resting(source, values, device)
+    ordered = sorted(sources, key=lambda source: (source.stored.file, source.stored.start))
+    by_key = {(source.stored.file, source.stored.key): source for source in ordered}
+    parts = [part for source in ordered for part in _parts(source, device)]
+    encoded: _Encoded | None = None
+    for part, values in read_parts(parts):
+        source = by_key[part.tensor.file, part.tensor.key]
+        if part.rows is None:
+            yield source, _resting(source, values, device)
+        else:
+            encoded = encoded or _Encoded(source)
+            encoded.add(part.rows, values)
+            if sum(part.rows) == source.stored.shape[0]:
+                yield source, encoded.weight
+                encoded = None
         if on_progress is not None:
-            on_progress(stored.num_bytes)
+            on_progress(part.num_bytes)
+
+
+def _parts(source: TensorSource, device: torch.device) -> Iterator[Part]:
+    """How a tensor is read: some rows at a time where each can be encoded by itself, else whole."""
+    stored, group = source.stored, source.group
+    by_rows = group.scaling in ("row", "block", "none") and stored.dtype != "F8_E4M3"
+    if not by_rows or device.type != "cpu" or stored.num_bytes <= PART_BYTES:
+        yield Part(stored, keeps=_rests_as_read(source, device))
+        return
+    high = group.block_shape[0] if group.block_shape is not None else 1
+    row_of_blocks = high * stored.num_bytes // stored.shape[0]
+    step = high * max(1, PART_BYTES // row_of_blocks)
+    for first in range(0, stored.shape[0], step):
+        yield Part(stored, (first, min(step, stored.shape[0] - first)))
+
+
+class _Encoded:
+    """A weight that is encoded while its rows come in."""
+
+    def __init__(self, source: TensorSource) -> None:
+        group, shape = source.group, source.tensor.shape
+        scales = scale_shape(shape, group.scaling, group.block_shape)
+        self._source = source
+        self.weight = StoredWeight(
+            torch.empty(shape, dtype=torch.uint8, device="cpu"),
+            None if scales is None else torch.empty(scales, dtype=torch.float32, device="cpu"),
+            group.block_shape,
+        )
+
+    def add(self, rows: tuple[int, int], values: Tensor) -> None:
+        """Encode some rows.   rows: the first, a multiple of the block's, and their number."""
+        scale = _encode_(self._source, values, self.weight.values.narrow(0, *rows))
+        if scale is not None:
+            assert self.weight.dequant_scale is not None
+            block_shape = self._source.group.block_shape
+            high = 1 if block_shape is None else block_shape[0]
+            self.weight.dequant_scale.narrow(0, rows[0] // high, scale.shape[0]).copy_(scale)
 
 
 def _rests_as_read(source: TensorSource, device: torch.device) -> bool:
@@ -122,18 +168,24 @@ def _resting(source: TensorSource, values: Tensor, device: torch.device) -> Stor
 
 
 def _encode(source: TensorSource, values: Tensor, device: torch.device) -> StoredWeight:
-    group, tensor = source.group, source.tensor
-    assert group.scaling is not None
     # Apple's GPU knows no FP8: the host encodes for it.
     values = values.to("cpu" if device.type == "mps" else device)
+    codes = torch.empty(values.shape, dtype=torch.uint8, device=values.device)
+    scale = _encode_(source, values, codes)
+    return StoredWeight(
+        codes.to(device), None if scale is None else scale.to(device), source.group.block_shape
+    )
+
+
+def _encode_(source: TensorSource, values: Tensor, codes: Tensor) -> Tensor | None:
+    """Write the codes of a weight, or of some rows of it; returns their scale."""
+    group, tensor = source.group, source.tensor
+    assert group.scaling is not None
     try:
-        codes, scale = encode_e4m3(values, group.scaling, group.block_shape)
+        return encode_e4m3(values, group.scaling, group.block_shape, out=codes)[1]
     except ValueError as error:
         hint = "set fp8.scaling=row" if group.scaling == "none" else "the checkpoint is damaged"
         raise PlanError(f"{tensor.source_key}: {error}", where=tensor.file, hint=hint) from error
-    return StoredWeight(
-        codes.to(device), None if scale is None else scale.to(device), group.block_shape
-    )
 
 
 def _codes(source: TensorSource, values: Tensor) -> Tensor:

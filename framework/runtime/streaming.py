@@ -1,20 +1,23 @@
-"""Reads tensors one at a time into one reused buffer, so that loading costs the largest tensor and no more.
+"""Reads weights one at a time, or a few rows at a time, so that loading costs no more memory than what is to stay.
 
 A memory map would count the file's pages as the process's own (measured: twice the peak).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from io import FileIO
-from itertools import zip_longest
 
 import torch
 from torch import Tensor
 
 from framework.errors import SourceError
 from framework.inventory import StoredTensor
+
+PART_BYTES = 2 * 2**20
+"""Parts of this size are read while another is in use, and stay in the processor's cache until they are."""
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -26,37 +29,82 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 }
 
 
-def read_tensors(
-    stored: Iterable[StoredTensor], *, kept: Collection[str] = ()
-) -> Iterator[tuple[StoredTensor, Tensor]]:
-    """Yield each tensor with its values, in the order in which they lie in the files.
+@dataclass(frozen=True)
+class Part:
+    """Some rows (along dimension 0) of a tensor in a file.
 
-    kept: keys of tensors that get memory of their own. Any other is a view of a shared buffer: it holds until the next
-    one is asked for; copy what is to stay.
-    Memory: the bytes of the largest tensor that isn't kept.
+    rows: first one and their number; None for the whole tensor.   keeps: whether it gets memory of its own.
+    """
+
+    tensor: StoredTensor
+    rows: tuple[int, int] | None = None
+    keeps: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the part."""
+        return self.tensor.shape if self.rows is None else (self.rows[1], *self.tensor.shape[1:])
+
+    @property
+    def start(self) -> int:
+        """Byte offset in the file."""
+        return self.tensor.start + (0 if self.rows is None else self.rows[0] * self._row_bytes)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the file."""
+        return self.tensor.num_bytes if self.rows is None else self.rows[1] * self._row_bytes
+
+    @property
+    def _row_bytes(self) -> int:
+        return self.tensor.num_bytes // self.tensor.shape[0]
+
+
+def read_parts(parts: Sequence[Part]) -> Iterator[tuple[Part, Tensor]]:
+    """Yield each part with its values, in the order given.
+
+    What is kept has memory of its own. Any other is a view of a shared buffer: it holds until the next one is asked
+    for; copy what is to stay.
+    While one is in use, the next is read, if it is kept or small.
+    Memory: twice `PART_BYTES`, and the bytes of the largest part if that is larger and isn't kept.
     Raises SourceError for a file that is gone or shorter than its header says.
     """
-    ordered = sorted(stored, key=lambda tensor: (tensor.file, tensor.start))
-    shared = [tensor.num_bytes for tensor in ordered if tensor.key not in kept]
-    buffer = _bytes(max(shared, default=0))
+    shared = [part.num_bytes for part in parts if not part.keeps]
+    small = max((count for count in shared if count <= PART_BYTES), default=0)
+    large = max((count for count in shared if count > PART_BYTES), default=0)
+    buffers = (_bytes(small), _bytes(small))
+    large_buffer = _bytes(large)
+
+    def memory_for(index: int) -> Tensor:
+        if parts[index].keeps:
+            return _bytes(parts[index].num_bytes)
+        return buffers[index % 2] if parts[index].num_bytes <= PART_BYTES else large_buffer
+
     with _Files() as files, ThreadPoolExecutor(1, "read weights") as reader:
-        # Memory of its own can be filled ahead, beside what is done with the tensor before it.
         ahead: Future[Tensor] | None = None
-        for tensor, following in zip_longest(ordered, ordered[1:]):
-            if ahead is not None:
-                target = ahead.result()
-            else:
-                target = _bytes(tensor.num_bytes) if tensor.key in kept else buffer
-                files.read(tensor, target)
+        for index, part in enumerate(parts):
+            found = files.read(part, memory_for(index)) if ahead is None else ahead.result()
             ahead = None
-            if following is not None and following.key in kept:
-                ahead = reader.submit(files.read, following, _bytes(following.num_bytes))
-            yield tensor, _as_tensor(target, tensor)
+            if index + 1 < len(parts):
+                following = parts[index + 1]
+                if following.keeps or following.num_bytes <= PART_BYTES:
+                    ahead = reader.submit(files.read, following, memory_for(index + 1))
+            yield part, found
+
+
+def read_tensors(stored: Iterable[StoredTensor]) -> Iterator[tuple[StoredTensor, Tensor]]:
+    """Yield each tensor with its values, in the order in which they lie in the files.
+
+    The tensor is a view of a shared buffer, as of `read_parts`: it holds until the next one is asked for.
+    """
+    ordered = sorted(stored, key=lambda tensor: (tensor.file, tensor.start))
+    for part, values in read_parts([Part(tensor) for tensor in ordered]):
+        yield part.tensor, values
 
 
 def read_tensor(stored: StoredTensor) -> Tensor:
-    """One tensor with memory of its own.   Raises SourceError as `read_tensors` does."""
-    return next(iter(read_tensors((stored,), kept=(stored.key,))))[1]
+    """One tensor with memory of its own.   Raises SourceError as `read_parts` does."""
+    return next(iter(read_parts([Part(stored, keeps=True)])))[1]
 
 
 def _bytes(count: int) -> Tensor:
@@ -77,12 +125,13 @@ class _Files:
         if self._file is not None:
             self._file.close()
 
-    def read(self, tensor: StoredTensor, target: Tensor) -> Tensor:
-        """Fill the first bytes of `target` (uint8, 1-D, on the CPU) with the tensor's; returns `target`."""
-        window = target.numpy().data[: tensor.num_bytes]
+    def read(self, part: Part, memory: Tensor) -> Tensor:
+        """Fill the first bytes of `memory` (uint8, 1-D, on the CPU) with a part; returns it in its shape and format."""
+        window = memory.numpy().data[: part.num_bytes]
+        tensor = part.tensor
         try:
             file = self._open(tensor.file)
-            file.seek(tensor.start)
+            file.seek(part.start)
             done = 0
             # One system call may give less than was asked for.
             while done < len(window) and (count := file.readinto(window[done:])):
@@ -95,17 +144,13 @@ class _Files:
             raise SourceError(
                 "the weight file is cut short",
                 where=tensor.file,
-                found=f"{tensor.key} ends {len(window) - done} bytes early",
+                found=f"{tensor.key} ends {tensor.end - part.start - done} bytes early",
                 hint="delete this file and fetch the checkpoint again",
             )
-        return target
+        return memory[: part.num_bytes].view(TORCH_DTYPES[tensor.dtype]).view(part.shape)
 
     def _open(self, path: str) -> FileIO:
         if self._file is None or self._path != path:
             self.__exit__()
             self._file, self._path = FileIO(path), path
         return self._file
-
-
-def _as_tensor(buffer: Tensor, tensor: StoredTensor) -> Tensor:
-    return buffer[: tensor.num_bytes].view(TORCH_DTYPES[tensor.dtype]).view(tensor.shape)

@@ -38,12 +38,17 @@ _BIT_LAYOUTS: dict[torch.dtype, tuple[torch.dtype, int, int, float]] = {
 
 
 def encode_e4m3(
-    weight: Tensor, scaling: Scaling = "row", block_shape: tuple[int, int] | None = None
+    weight: Tensor,
+    scaling: Scaling = "row",
+    block_shape: tuple[int, int] | None = None,
+    *,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Store a frozen weight in one byte per element, so that a large model fits beside its adapter.
 
     weight: (O, ...), finite, any float dtype, any device; not modified.
     block_shape: rows and columns of (O, I) that share a scale, with "block"; None means `BLOCK_SHAPE`.
+    out: contiguous uint8 tensor of the same shape for the codes; None allocates one.
     Returns codes, uint8 of the same shape, and dequant_scale, float32: (O,) for "row", (1,) for "tensor", (Ob, Ib) for
     "block", None for "none"; weight ~= codes * dequant_scale, as `dequantise` multiplies them.
     Error: at most 2**-4 relative for normal codes (3 mantissa bits) and scale * 2**-10 absolute below them; rows or
@@ -56,7 +61,9 @@ def encode_e4m3(
     if not weight.is_floating_point() or weight.ndim == 0:
         raise ValueError(f"can't store a {weight.ndim}-D tensor of {weight.dtype} in FP8")
     rows = _as_matrix(weight.detach())
-    codes = torch.empty(rows.shape, dtype=torch.uint8, device=weight.device)
+    if out is None:
+        out = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
+    codes = out.view(rows.shape)
     grid = _Grid.of(weight.shape, scaling, block_shape)
     largest = torch.zeros(grid.blocks, dtype=torch.float32, device=weight.device)
     scale = None
@@ -78,10 +85,10 @@ def encode_e4m3(
     _refuse_unfit(largest, scaling)
     shape = scale_shape(tuple(weight.shape), scaling, block_shape)
     if shape is None:
-        return codes.view(weight.shape), None
+        return out, None
     every = scale if scaling == "tensor" else _dequant_scale(largest)
     assert every is not None
-    return codes.view(weight.shape), every.reshape(shape)
+    return out, every.reshape(shape)
 
 
 def decode_e4m3(codes: Tensor, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:

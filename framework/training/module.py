@@ -20,13 +20,14 @@ from framework.models import Family, TextConditioning
 from framework.plan.build import build_plan
 from framework.plan.types import Phase, Purpose, VramPlan
 from framework.runtime.devices import COMPUTE_DTYPES
-from framework.runtime.residency import Residency
+from framework.runtime.residency import Residency, unwatched
 from framework.schema import ModelConfig, OptimConfig, RunConfig
 from framework.training.data_module import DiffusionDataModule
 from framework.training.ema import TrainableEma
 from framework.training.metrics import StepClock
 from framework.training.objective import Objective
 from framework.training.optimizers import apply_settings_, build_optimizer, build_schedule
+from framework.training.progress import show_loading
 from framework.training.reproducibility import generator_states, restore_generator_states_
 from framework.training.trained_state import check_trained_state, trained_parameters
 
@@ -101,6 +102,7 @@ class DiffusionTrainingModule(pl.LightningModule):
             self.trainer.strategy.root_device,
             COMPUTE_DTYPES[self.config.model.compute_dtype],
             self.config.trainer.seed,
+            watch=show_loading,
         )
         self._data.encode(self.residency)
 
@@ -309,6 +311,8 @@ class DiffusionTrainingModule(pl.LightningModule):
         assert isinstance(schedule, LambdaLR)
         assert isinstance(optimizer, Optimizer)
         apply_settings_(optimizer, schedule, self.config.optim)
+        # From here on the training bar is on the screen.
+        self.residency.watch = unwatched
         self._clock.restart()
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

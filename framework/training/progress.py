@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import lightning.pytorch as pl
@@ -11,18 +11,23 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 
+from framework.plan.types import ComponentPlan
 from framework.training.memory import format_bytes, peak_memory_bytes
 from framework.training.metrics import MetricsCallback
 
 log = logging.getLogger("octavo")
+# Less is read before a person could look.
+_WORTH_A_BAR_BYTES = 256 * 2**20
 # One console for bars and log lines, so that neither tears the other.
 CONSOLE = Console(stderr=True)
 
@@ -74,6 +79,30 @@ def show_work(title: str, total: int, *, enabled: bool = True) -> Iterator[Ticke
         return
     with _bar() as progress:
         yield Ticker(progress, progress.add_task(title, total=total, facts=""))
+
+
+@contextmanager
+def show_loading(part: ComponentPlan) -> Iterator[Callable[[int], None]]:
+    """Show a bar of bytes while a component's weights are read; nothing where that is over at once.
+
+    Without a terminal it is a log line. Gives the function that is told the bytes read since the last call.
+    """
+    total = part.source_bytes
+    if not CONSOLE.is_terminal or total < _WORTH_A_BAR_BYTES:
+        if total >= _WORTH_A_BAR_BYTES:
+            log.info("reading the weights of %s: %s", part.name, format_bytes(total))
+        yield lambda count: None
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=CONSOLE, transient=True) as progress:
+        task = progress.add_task(f"reading {part.name}", total=total)
+        yield lambda count: progress.advance(task, count)
 
 
 def _bar() -> Progress:

@@ -58,3 +58,12 @@ def test_without_fp8_there_is_nothing_to_measure(capsys: Capture) -> None:
 def test_what_the_report_does_not_read_is_refused(capsys: Capture, option: list[str]) -> None:
     assert main(["plan", "--error", *FP8, *option]) == 2
     assert "a report of its own" in capsys.readouterr().err
+
+
+def test_a_plan_says_that_it_does_not_know_the_budgets_layers(capsys: Capture) -> None:
+    plan = ["plan", *POCKET, "model.dit.precision=fp8", "--no-activations"]
+    assert main([*plan, "model.dit.fp8.error_budget=0.02"]) == 0
+    printed = capsys.readouterr()
+    assert "error_budget keeps in high precision come on top" in " ".join(printed.err.split())
+    assert main(plan) == 0
+    assert "error_budget" not in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -106,7 +107,7 @@ def test_entering_a_phase_twice_loads_nothing(tiny_checkpoint: Path) -> None:
     read: list[tuple[str, int]] = []
     residency = make_residency(
         make_plan(tiny_checkpoint, trainable="lora"),
-        on_progress=lambda name, count: read.append((name, count)),
+        watch=lambda part: nullcontext(lambda count: read.append((part.name, count))),
     )
     residency.enter("encode")
     assert {name for name, _ in read} == {"text_encoder", "vae"}
@@ -169,7 +170,9 @@ def test_offloaded_components_hold_only_small_tensors_on_the_device(
 def test_what_is_needed_again_isnt_read_again(tiny_checkpoint: Path) -> None:
     read: list[str] = []
     plan = offloading_plan(tiny_checkpoint, "host", "block")
-    residency = make_residency(plan, on_progress=lambda name, count: read.append(name))
+    residency = make_residency(
+        plan, watch=lambda part: nullcontext(lambda count: read.append(part.name))
+    )
     for phase in ("encode", "train", "sample", "train", "sample"):
         residency.enter(phase)
         if phase == "encode":

@@ -12,11 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from framework.errors import PlanError
+from framework.inventory import read_inventory
 from framework.models import get_family
 from framework.plan.build import build_inference_plan, build_run_plan
-from framework.plan.types import ComponentPlan
+from framework.plan.types import ComponentPlan, Placement, States, TensorGroup, TensorPlan
 from framework.runtime.load import load_component, resting_bytes
+from framework.runtime.sources import TensorSource, read_resting
 from framework.schema import RunConfig
+from framework.storage.fp8 import encode_e4m3
 from framework.storage.managed import ManagedWeight
 from tests.published import LAYOUTS, load_state, publish_fp8
 
@@ -31,9 +34,9 @@ def plan_of(source: Path, published: Path, *, purpose: str = "infer", **dit: Any
     return build_run_plan(config, device="cpu").component("dit")
 
 
-def load(part: ComponentPlan) -> nn.Module:
+def load(part: ComponentPlan, **options: Any) -> nn.Module:
     family = get_family("qwen_image")
-    return load_component(part, family, device=CPU, compute_dtype=torch.bfloat16)
+    return load_component(part, family, device=CPU, compute_dtype=torch.bfloat16, **options)
 
 
 def scale_of(state: dict[str, torch.Tensor], layer: str) -> torch.Tensor | None:
@@ -144,4 +147,77 @@ def test_a_scale_that_changed_since_the_plan_was_made_is_noticed(
     shutil.rmtree(published)
     publish_fp8(tiny_checkpoint / "transformer", published, "comfyui")
     with pytest.raises(PlanError, match="changed since the plan was made"):
+        load(part)
+
+
+@pytest.mark.parametrize("scaling", ["row", "tensor", "block", "none"])
+@pytest.mark.parametrize("part_bytes", [1, 500, 4096])
+def test_reading_a_few_rows_at_a_time_changes_nothing(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, scaling: str, part_bytes: int
+) -> None:
+    fp8 = {"scaling": scaling, "layers": ["linear", "conv", "embedding"]}
+    transformer = tiny_checkpoint / "transformer"
+    part = plan_of(tiny_checkpoint, transformer, precision="fp8", fp8=fp8)
+    counted: list[int] = []
+    whole = load(part)
+    monkeypatch.setattr("framework.runtime.streaming.PART_BYTES", part_bytes)
+    monkeypatch.setattr("framework.runtime.sources.PART_BYTES", part_bytes)
+    in_parts = load(part, on_progress=counted.append)
+    first, second = whole.state_dict(), in_parts.state_dict()
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    in_files = read_inventory(transformer)
+    assert sum(counted) == sum(tensor.num_bytes for tensor in in_files.values())
+    assert len(counted) >= len(in_files)
+
+
+def test_parts_of_several_block_rows_are_put_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A weight of 2.5 rows of blocks, read one row of blocks at a time."""
+    torch.manual_seed(0)
+    weight = torch.randn(320, 40).to(torch.bfloat16)
+    save_file({"layer.weight": weight, "after": torch.ones(3)}, tmp_path / "w.safetensors")
+    stored = read_inventory(tmp_path)
+    rest = Placement(storage_dtype="fp8_e4m3", place="device")
+    tensor = TensorPlan(
+        name="layer.weight",
+        source_key="layer.weight",
+        file=stored["layer.weight"].file,
+        shape=(320, 40),
+        source_dtype="BF16",
+        kind="linear",
+    )
+    group = TensorGroup(
+        name="fp8",
+        states=States(offload=rest, onload=rest, preparing=rest, computation=rest),
+        scaling="block",
+        block_shape=(128, 128),
+        tensors=(tensor,),
+    )
+    monkeypatch.setattr("framework.runtime.sources.PART_BYTES", 128 * 80)
+    source = TensorSource(group, tensor, stored["layer.weight"], None)
+    ((_, found),) = read_resting([source], CPU)
+    codes, scale = encode_e4m3(weight, "block", (128, 128))
+    assert scale is not None
+    assert scale.shape == (3, 1)
+    assert found.dequant_scale is not None
+    assert torch.equal(found.values, codes)
+    assert torch.equal(found.dequant_scale, scale)
+
+
+def test_a_damaged_weight_in_a_later_part_is_refused(
+    tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "transformer"
+    shutil.copytree(tiny_checkpoint / "transformer", source)
+    part = plan_of(tiny_checkpoint, source, precision="fp8")
+    path = next(source.glob("*.safetensors"))
+    state = load_file(path)
+    key = next(k for k, v in state.items() if v.ndim == 2 and "transformer_blocks" in k)
+    state[key][-1, -1] = float("nan")
+    save_file(state, path, {"format": "pt"})
+    monkeypatch.setattr("framework.runtime.streaming.PART_BYTES", 256)
+    monkeypatch.setattr("framework.runtime.sources.PART_BYTES", 256)
+    with pytest.raises(PlanError, match="aren't finite"):
         load(part)
