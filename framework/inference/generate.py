@@ -17,11 +17,12 @@ from framework.models import Family, SampleSettings, TextConditioning, get_famil
 from framework.models.base import StepCallback, evaluating
 from framework.plan.build import build_inference_plan
 from framework.plan.fit import fitting
-from framework.plan.types import Phase
+from framework.plan.types import Phase, VramPlan
 from framework.runtime.adapters import load_lora_
 from framework.runtime.devices import resolve_compute_dtype, resolve_device
 from framework.runtime.error_budget import resolve_error_budget
 from framework.runtime.fitting import fit_inference
+from framework.runtime.forecast import forecast_inference
 from framework.runtime.residency import Residency, Watch
 from framework.schema.model import ModelConfig
 
@@ -51,19 +52,50 @@ def generate(
     _check_request(family, prompts, settings)
     place = resolve_device(device or model.device)
     compute_dtype = resolve_compute_dtype(model.compute_dtype, place)
-    if model.fit is not None:
-        guided = settings.guidance_scale > 1
-        found = fit_inference(model, size_px=settings.size_px, guided=guided, device=str(place))
-        model, _ = fitting(found)
+    load_family_extras(family, model)
+    tokens = family.count_text_tokens([*prompts, negative_prompt])
+    model = _fitted(model, settings, num_tokens=tokens, device=str(place))
     build_inference_plan(model, device=str(place))  # its faults are told before weights are read
     model, _ = resolve_error_budget(model, family, device=place, compute_dtype=compute_dtype)
-    plan = build_inference_plan(model, device=str(place))
-    load_family_extras(family, model)
+    plan = _planned(model, settings, num_tokens=tokens, device=str(place))
     residency = Residency(plan, family, place, compute_dtype, settings.seed, watch=watch)
     try:
         return _generate(residency, family, prompts, settings, negative_prompt, lora, on_progress)
     finally:
         residency.release()
+
+
+def _fitted(
+    model: ModelConfig, settings: SampleSettings, *, num_tokens: int, device: str
+) -> ModelConfig:
+    """The model section with what `model.fit` chooses. Raises PlanError where nothing fits."""
+    if model.fit is None:
+        return model
+    found = fit_inference(
+        model,
+        size_px=settings.size_px,
+        num_tokens=num_tokens,
+        guided=settings.guidance_scale > 1,
+        device=device,
+    )
+    return fitting(found)[0]
+
+
+def _planned(
+    model: ModelConfig, settings: SampleSettings, *, num_tokens: int, device: str
+) -> VramPlan:
+    """The plan; below a limit a traced one, so that weights aren't kept where activations need the room."""
+    plan = build_inference_plan(model, device=device)
+    moves = any(group.moves for part in plan.components for group in part.groups)
+    if plan.vram_limit_bytes is None or not moves:
+        return plan
+    return forecast_inference(
+        model,
+        size_px=settings.size_px,
+        num_tokens=num_tokens,
+        guided=settings.guidance_scale > 1,
+        device=device,
+    )
 
 
 def _generate(

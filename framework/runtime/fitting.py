@@ -11,7 +11,12 @@ from framework.plan.fit import Evaluate, Fit, Limits, solve_fit
 from framework.plan.fit_choices import inference_freedom, run_freedom
 from framework.plan.phases import TracedPhase, with_traced
 from framework.plan.types import VramPlan
-from framework.runtime.forecast import forecast_inference, forecast_run, longest_caption
+from framework.runtime.forecast import (
+    TEXT_TOKENS,
+    forecast_inference,
+    forecast_run,
+    longest_caption,
+)
 from framework.schema.model import ModelConfig
 from framework.schema.run import RunConfig
 from framework.schema.sizes import read_size_bytes
@@ -47,18 +52,25 @@ def fit_run(config: RunConfig, *, device: str) -> Fit:
 
 
 def fit_inference(
-    model: ModelConfig, *, size_px: tuple[int, int], guided: bool, device: str
+    model: ModelConfig,
+    *,
+    size_px: tuple[int, int],
+    guided: bool,
+    device: str,
+    num_tokens: int = TEXT_TOKENS,
 ) -> Fit:
     """Find the cheapest settings with which a generation fits `model.fit`.
 
-    size_px: width and height.   guided: whether classifier-free guidance is used.
+    size_px: width and height.   guided: whether classifier-free guidance is used.   num_tokens: of the longest prompt.
     """
 
     def outline(changed: ModelConfig) -> VramPlan:
         return build_inference_plan(changed, device=device)
 
     def forecast(changed: ModelConfig) -> VramPlan:
-        return forecast_inference(changed, size_px=size_px, guided=guided, device=device)
+        return forecast_inference(
+            changed, size_px=size_px, guided=guided, num_tokens=num_tokens, device=device
+        )
 
     return solve_fit(
         model,

@@ -38,6 +38,9 @@ TEXT_TOKENS = 256
 """Length of a caption where the data can't be asked; a guess: two or three sentences of 40 words."""
 # Of the captions with most characters, so many are tokenised to find the longest one.
 _NUM_LONG_CAPTIONS = 32
+# The same plan is asked for again when a run that has just been planned is started.
+_NUM_REMEMBERED = 8
+_traced_before: dict[tuple[str, int, str], VramPlan] = {}
 
 
 def forecast_run(
@@ -70,8 +73,11 @@ def traced_run(
     if text_tokens is None:
         text_tokens = longest_caption(config, family)
     tracer = _Tracer(family, plan, text_tokens)
-    traced: dict[Phase, TracedPhase] = {}
     size_px = largest_size(config, family)
+    known = (plan.model_dump_json(), tracer.text_tokens, _deciding(config))
+    if known in _traced_before:
+        return _traced_before[known]
+    traced: dict[Phase, TracedPhase] = {}
     for phase in plan.phases:
         if phase.name == "encode":
             traced["encode"] = tracer.encode(phase, size_px)
@@ -86,7 +92,23 @@ def traced_run(
         sample_size_px=config.sample.size_px if "sample" in traced else None,
         text_tokens=tracer.text_tokens,
     )
-    return with_traced(plan, traced, used)
+    while len(_traced_before) >= _NUM_REMEMBERED:
+        del _traced_before[next(iter(_traced_before))]
+    _traced_before[known] = with_traced(plan, traced, used)
+    return _traced_before[known]
+
+
+def _deciding(config: RunConfig) -> str:
+    """What activations depend on beside the plan."""
+    return config.model_dump_json(
+        include={
+            "data": {"batch_size", "max_px", "max_aspect_ratio"},
+            "objective": {"weighting", "loss", "huber_delta"},
+            "optim": {"name", "ema"},
+            "trainer": {"accumulate_grad_batches"},
+            "sample": {"size_px", "guidance_scale"},
+        }
+    )
 
 
 def forecast_inference(
@@ -102,7 +124,16 @@ def forecast_inference(
     size_px: width and height.   num_tokens: length of the longest prompt.   guided: classifier-free guidance.
     """
     plan = build_inference_plan(model, device=device)
-    tracer = _Tracer(get_family(model.family), plan, num_tokens)
+    return traced_inference(
+        plan, get_family(model.family), size_px=size_px, num_tokens=num_tokens, guided=guided
+    )
+
+
+def traced_inference(
+    plan: VramPlan, family: Family, *, size_px: tuple[int, int], num_tokens: int, guided: bool
+) -> VramPlan:
+    """A generation's plan with the activations that it will have; see `forecast_inference`."""
+    tracer = _Tracer(family, plan, num_tokens)
     traced: dict[Phase, TracedPhase] = {
         "encode": tracer.encode(plan.phase("encode"), None),
         "sample": tracer.sample(plan.phase("sample"), size_px, guided=guided),

@@ -9,6 +9,7 @@ Letters: O output rows (dimension 0), I everything else; Ob, Ib blocks of rows a
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import ceil, isfinite, prod
@@ -68,10 +69,10 @@ def encode_e4m3(
     largest = torch.zeros(grid.blocks, dtype=torch.float32, device=weight.device)
     scale = None
     if scaling == "tensor":
-        for chunk in grid.chunks(weight.device):
+        for chunk in grid.chunks(rows):
             largest.narrow(0, *chunk.blocks).copy_(_largest(chunk.load(rows)))
         scale = _dequant_scale(largest.amax() if largest.numel() else largest.new_zeros(()))
-    for chunk in grid.chunks(weight.device):
+    for chunk in grid.chunks(rows):
         values = chunk.load(rows)
         if scaling != "tensor":
             largest.narrow(0, *chunk.blocks).copy_(_largest(values))
@@ -153,7 +154,7 @@ def dequantise(
     source, target = _as_matrix(codes), result.view(codes.shape[0], prod(codes.shape[1:]))
     grid = _Grid.of(codes.shape, scaling, block_shape)
     wide = torch.promote_types(dtype, torch.float32)
-    for chunk in grid.chunks(codes.device, wide):
+    for chunk in grid.chunks(source, wide):
         decode_e4m3(source.narrow(0, *chunk.rows), wide, out=chunk.inside())
         scale = dequant_scale
         if scaling != "tensor":
@@ -224,19 +225,19 @@ class _Grid:
             raise ValueError(f"a block of {high} x {wide} holds no weight")
         return cls((count, width), (high, wide), (ceil(count / high), ceil(width / wide)))
 
-    def chunks(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Iterator[_Chunk]:
-        """Cover the matrix from top to bottom; all chunks share one buffer of `dtype`."""
+    def chunks(self, matrix: Tensor, dtype: torch.dtype = torch.float32) -> Iterator[_Chunk]:
+        """Cover the matrix from top to bottom; all chunks share one buffer of `dtype` on its device."""
         (count, width), (high, wide) = self.size, self.block
         if not (count and width):
             return
-        at_once = max(1, _chunk_elements(device) // (high * self.blocks[1] * wide))
-        at_once = min(at_once, self.blocks[0])
-        size = (at_once, high, self.blocks[1], wide)
-        # Cells beyond the matrix's right edge are never written: zeros, which change no maximum.
-        exact = self.blocks[1] * wide == width
-        buffer = (torch.empty if exact else torch.zeros)(size, dtype=dtype, device=device)
-        for first in range(0, self.blocks[0], at_once):
-            last = min(first + at_once, self.blocks[0])
+        at_once = max(1, _chunk_elements(matrix.device) // (high * self.blocks[1] * wide))
+        size = (min(at_once, self.blocks[0]), high, self.blocks[1], wide)
+        buffer = _buffer(matrix, prod(size), dtype).view(size)
+        if self.blocks[1] * wide != width:
+            # Cells beyond the matrix's right edge are never written: zeros, which change no maximum.
+            buffer.zero_()
+        for first in range(0, self.blocks[0], size[0]):
+            last = min(first + size[0], self.blocks[0])
             rows = (first * high, min(last * high, count) - first * high)
             blocks = (first, last - first)
             yield _Chunk(rows, blocks, width, buffer.narrow(0, 0, last - first))
@@ -276,6 +277,31 @@ def _move_bits_(codes: Tensor, out: Tensor) -> Tensor:
     bits.copy_(codes.view(torch.int8))
     bits.bitwise_left_shift_(shift).bitwise_and_(mask)
     return out.mul_(factor)
+
+
+def _buffer(like: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """Memory for `count` numbers, 1-D; on the host the same again for each call of a thread, if it isn't large.
+
+    Asking the system for a page costs more than encoding what fits into it.
+    """
+    if like.device.type != "cpu" or isinstance(like, FakeTensor):
+        return torch.empty(count, dtype=dtype, device=like.device)
+    num_bytes = count * dtype.itemsize
+    if num_bytes > 4 * _CHUNK_ELEMENTS:
+        return torch.empty(count, dtype=dtype, device="cpu")
+    if _kept.memory is None or _kept.memory.numel() < num_bytes:
+        with torch.inference_mode(mode=False):
+            _kept.memory = torch.empty(4 * _CHUNK_ELEMENTS, dtype=torch.uint8, device="cpu")
+    return _kept.memory.narrow(0, 0, num_bytes).view(dtype)
+
+
+class _Kept(threading.local):
+    """A thread's memory for one chunk."""
+
+    memory: Tensor | None = None
+
+
+_kept = _Kept()
 
 
 def _flat_chunks(codes: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

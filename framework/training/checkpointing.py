@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 
@@ -66,7 +67,9 @@ class CheckpointCallback(pl.Callback):
     def _save(self, trainer: pl.Trainer, step: int) -> None:
         assert self.run_dir is not None
         folder = self.run_dir / CHECKPOINT_FOLDER
-        trainer.save_checkpoint(folder / checkpoint_name(step))
+        module: Any = trainer.lightning_module
+        with module.peaks.phase("save"):
+            trainer.save_checkpoint(folder / checkpoint_name(step))
         if trainer.is_global_zero:
             self.on_saved()
             prune_checkpoints(folder, self._config.keep_last)

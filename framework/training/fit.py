@@ -22,6 +22,7 @@ from framework.inference.generate import load_family_extras
 from framework.models import get_family
 from framework.plan.build import build_run_plan
 from framework.runtime.devices import resolve_compute_dtype, resolve_device
+from framework.runtime.forecast import traced_run
 from framework.schema import RunConfig
 from framework.training.checkpoint_io import AtomicCheckpointIO
 from framework.training.checkpointing import CheckpointCallback
@@ -79,6 +80,7 @@ def fit(config: RunConfig, *, config_yaml: str) -> RunResult:
     start = find_start(config)
     check_same_sources(start, {c.name: c.commit for c in plan.components})
     plan, chosen = plan_within_budget(config, plan, family, device=device, start=start)
+    plan = traced_run(plan, config, family=family)
 
     clock = StepClock()
     metrics = MetricsCallback(clock, every_n_steps=config.trainer.log_every_n_steps)

@@ -16,7 +16,7 @@ from framework.plan.table import plan_json, render_plan
 from framework.plan.types import VramPlan
 from framework.schema import RunConfig
 from framework.training.checkpointing import CheckpointCallback
-from framework.training.memory import peak_memory_bytes
+from framework.training.memory import compare_peaks, describe_peaks, peak_memory_bytes
 from framework.training.metrics import MetricsCallback
 from framework.training.results import RunResult, save_results
 from framework.training.run_folder import RunFolder, RunStart, read_state
@@ -56,8 +56,9 @@ class RunLifecycle(pl.Callback):
         self.run_dir: Path | None = None
         self.result: RunResult | None = None
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: pl.Trainer, pl_module: Any, stage: str) -> None:
         """Claim and describe the folder; all samples have been checked by now."""
+        pl_module.peaks.watch(trainer.strategy.root_device)
         if trainer.is_global_zero:
             self._folder = RunFolder.claim(self._start)
             self._seconds_before = float(read_state(self._folder.path).get("seconds", 0.0))
@@ -79,6 +80,14 @@ class RunLifecycle(pl.Callback):
         write_text(folder.path / "plan.json", plan_json(self._plan) + "\n")
         write_text(folder.path / "plan.txt", _plan_text(self._plan))
 
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *args: object) -> None:
+        """The peak of a step begins here, and ends before validation, samples and checkpoint."""
+        pl_module.peaks.begin()
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: object) -> None:
+        """Note the peak of the step."""
+        pl_module.peaks.end("train")
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save what was trained."""
         self.finish(trainer, pl_module)
@@ -88,11 +97,18 @@ class RunLifecycle(pl.Callback):
         assert self.run_dir is not None
         lora = model = sheet = None
         if self._folder is not None:
-            lora, model = save_results(module, self.run_dir, steps=trainer.global_step)
+            with module.peaks.phase("save"):
+                lora, model = save_results(module, self.run_dir, steps=trainer.global_step)
             sheet = write_sheet(self.run_dir, self._config.sample.prompts)
+            peaks = compare_peaks(self._plan, module.peaks)
             self._folder.write_state(
-                state="finished", step=trainer.global_step, seconds=self._seconds()
+                state="finished",
+                step=trainer.global_step,
+                seconds=self._seconds(),
+                peak_memory=peaks,
             )
+            if peaks:
+                log.info("%s", describe_peaks(self._plan, peaks))
         self.result = RunResult(
             run_dir=self.run_dir,
             steps=trainer.global_step,

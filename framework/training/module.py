@@ -24,6 +24,7 @@ from framework.runtime.residency import Residency, unwatched
 from framework.schema import ModelConfig, OptimConfig, RunConfig
 from framework.training.data_module import DiffusionDataModule
 from framework.training.ema import TrainableEma
+from framework.training.memory import PhasePeaks
 from framework.training.metrics import StepClock
 from framework.training.objective import Objective
 from framework.training.optimizers import apply_settings_, build_optimizer, build_schedule
@@ -58,6 +59,7 @@ class DiffusionTrainingModule(pl.LightningModule):
         self.objective = Objective(config.objective, family, config.trainer.seed)
         self.components = nn.ModuleDict()
         self.ema: TrainableEma | None = None
+        self.peaks = PhasePeaks()
         self.grad_norm = 0.0
         self.last_lr = config.optim.lr
         # The state dict of a checkpoint has trained weights only; `check_trained_state` is the strict check.
@@ -104,13 +106,15 @@ class DiffusionTrainingModule(pl.LightningModule):
             self.config.trainer.seed,
             watch=show_loading,
         )
-        self._data.encode(self.residency)
+        with self.peaks.phase("encode"):
+            self._data.encode(self.residency)
 
     def configure_model(self) -> None:
         """Load the components of the phase `train`; called by Lightning on every process."""
         if self.components:
             return
-        self.enter_training()
+        with self.peaks.phase("load"):
+            self.enter_training()
         trained = self.trained_parameters()
         decay = self.config.optim.ema
         self.ema = TrainableEma(trained, decay.decay) if decay is not None else None
@@ -139,7 +143,7 @@ class DiffusionTrainingModule(pl.LightningModule):
             parameter.grad = None
         averaged = self.ema.swapped() if self.ema is not None else nullcontext()
         try:
-            with averaged:
+            with averaged, self.peaks.phase("sample"):
                 self._enter("sample")
                 yield self.residency.modules
         finally:
