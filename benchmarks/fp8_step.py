@@ -2,7 +2,8 @@
 
 Each way runs in a process of its own; rounds are interleaved, one step of each way at a time, so that a noisy machine
 is noisy for all. Printed are medians of per-round ratios to bf16, and of one step: bytes at rest, bytes that autograd
-saves for backward beside them, the process's peak above its level after imports, and errors against float32.
+saves for backward beside them, the process's peak above its level after imports (in a process whose malloc keeps
+nothing back), the peak of tensors alone, and errors against float32.
 
     python benchmarks/fp8_step.py [--tokens 256] [--layers 5] [--width 1024] [--rounds 7] [--checkpointing]
                                   [--ways bf16,Octavo] [--python PATH] [--diffsynth CHECKOUT] [--json FILE]
@@ -27,7 +28,8 @@ HERE = Path(__file__).resolve().parent
 PEAK_RUNS = 3
 COLUMNS = {
     "time": "step time / bf16",
-    "peak": "peak / bf16",
+    "peak": "peak of the process / bf16",
+    "tensors": "peak of tensors / bf16",
     "rest": "at rest / bf16",
     "saved_mb": "saved for backward, MB",
     "output": "output error",
@@ -79,6 +81,8 @@ def work(settings: dict[str, Any]) -> None:
                 reset_peak()
                 run()
                 fp8_ways.say(peak_bytes=1024 * (memory_kb("VmHWM") - level))
+            case "tensors":
+                fp8_ways.say(tensor_bytes=run.tensor_bytes())
             case "errors":
                 output = run()
                 gradients = {
@@ -104,6 +108,16 @@ class Step:
             (output,) = self.module(**self.batch)
         torch.nn.functional.mse_loss(output.float(), self.target).backward()
         return output.detach().float()
+
+    def tensor_bytes(self) -> int:
+        """Most bytes of tensors at once during a step, weights included."""
+        from framework.runtime.trace import MeasuredBytes
+
+        counter = MeasuredBytes("cpu")
+        counter.label(tensors_of(self.module), "weights")
+        with counter:
+            self()
+        return counter.peak_bytes
 
     def saved(self) -> dict[str, int]:
         """Bytes that autograd keeps for backward, not counting what rests in the module anyway."""
@@ -174,7 +188,10 @@ def reset_peak() -> None:
 class Worker:
     """One way in a process of its own."""
 
-    def __init__(self, way: str, options: argparse.Namespace, folder: Path) -> None:
+    def __init__(
+        self, way: str, options: argparse.Namespace, folder: Path, *, lean: bool = False
+    ) -> None:
+        """lean: freed blocks go back to the system at once, so that the peak is what is held, not what malloc keeps."""
         self.way = way
         self.results = folder / f"{way.replace(' ', '_')}.pt"
         settings = {
@@ -187,13 +204,14 @@ class Worker:
             "threads": options.threads,
             "diffsynth": options.diffsynth or "",
         }
-        # Freed blocks go back to the system at once, so that the peak is what is held, not what malloc keeps.
-        environment = {
-            **os.environ,
-            "MALLOC_MMAP_THRESHOLD_": "65536",
-            "MALLOC_TRIM_THRESHOLD_": "65536",
-            "OMP_NUM_THREADS": str(options.threads),
-        }
+        environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
+        if lean:
+            environment |= {
+                "MALLOC_MMAP_THRESHOLD_": "65536",
+                "MALLOC_TRIM_THRESHOLD_": "65536",
+                "MALLOC_TOP_PAD_": "0",
+                "MALLOC_ARENA_MAX": "1",
+            }
         self.process = subprocess.Popen(
             [options.python, str(Path(__file__).resolve()), "--work", json.dumps(settings)],
             stdin=subprocess.PIPE,
@@ -245,9 +263,12 @@ def drive(options: argparse.Namespace) -> dict[str, Any]:
         for _ in range(options.rounds):
             for worker in workers:
                 times[worker.way].append(worker.ask("step")["seconds"])
-        peaks = {
-            w.way: median(w.ask("peak")["peak_bytes"] for _ in range(PEAK_RUNS)) for w in workers
-        }
+        peaks, tensors = {}, {}
+        for worker in workers:
+            lean = Worker(worker.way, options, folder, lean=True)
+            peaks[worker.way] = median(lean.ask("peak")["peak_bytes"] for _ in range(PEAK_RUNS))
+            tensors[worker.way] = lean.ask("tensors")["tensor_bytes"]
+            lean.close()
         truth = Worker("float32", options, folder)
         for worker in [truth, *workers]:
             worker.ask("errors")
@@ -260,6 +281,8 @@ def drive(options: argparse.Namespace) -> dict[str, Any]:
             "seconds": median(times[worker.way]),
             "peak": peaks[worker.way] / peaks[base],
             "peak_mb": peaks[worker.way] / 1e6,
+            "tensors": tensors[worker.way] / tensors[base],
+            "tensors_mb": tensors[worker.way] / 1e6,
             "rest": worker.about["rest"] / workers[0].about["rest"],
             "saved_mb": worker.about["saved"] / 1e6,
             **errors[worker.way],
@@ -320,7 +343,7 @@ def main() -> None:
     parser.add_argument("--work")
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--text-tokens", type=int, default=32)
-    parser.add_argument("--layers", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=9)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)

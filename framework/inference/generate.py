@@ -34,7 +34,6 @@ def generate(
     settings: SampleSettings,
     negative_prompt: str = " ",
     lora: Path | None = None,
-    device: str | None = None,
     on_progress: StepCallback | None = None,
     watch: Watch | None = None,
 ) -> list[Image.Image]:
@@ -43,14 +42,13 @@ def generate(
     The text encoder is loaded, used and dropped before the DiT and the VAE are loaded, so memory
     peaks at the larger phase.
     lora: a `.safetensors` file; used on each component that it has adapters for.
-    device: unset means `model.device`.
     on_progress: called with (steps done, steps in all).   watch: opened while a component's weights are read.
     Raises ConfigError (size, prompts), SourceError (checkpoint, LoRA) or PlanError before pictures
     are made.
     """
     family = get_family(model.family)
     _check_request(family, prompts, settings)
-    place = resolve_device(device or model.device)
+    place = resolve_device(model.device)
     compute_dtype = resolve_compute_dtype(model.compute_dtype, place)
     load_family_extras(family, model)
     tokens = family.count_text_tokens([*prompts, negative_prompt])

@@ -35,7 +35,7 @@ _STEP_COPIES: dict[str, tuple[int, int]] = {
     "adam": (4, 1),
     "nadam": (3, 1),
     "radam": (2, 1),
-    "adafactor": (3, 2),
+    "adafactor": (2, 1),
     "sgd": (1, 1),
     "rmsprop": (3, 2),
     "adagrad": (3, 2),

@@ -23,10 +23,12 @@ from framework.plan.types import BLOCK_SHAPE, Scaling, scale_shape
 E4M3_MAX = 448.0
 """Largest finite e4m3 value."""
 
+_SMALLEST = torch.finfo(torch.float32).tiny
+
 # Elements handled at once. On the host a chunk and its float32 copy stay in the processor's cache from the first
 # operation to the last, which makes encoding and decoding two to four times faster than passes over whole weights; on
 # an accelerator a larger one keeps it busy (a guess). Measured by benchmarks/fp8_decode.py.
-_CHUNK_ELEMENTS = 512 * 1024
+_CHUNK_ELEMENTS = 1024 * 1024
 _ACCELERATOR_CHUNK_ELEMENTS = 16 * 1024 * 1024
 
 # Compute dtype -> (integer of the same width, left shift that puts e4m3's sign-extended exponent and mantissa in place,
@@ -53,7 +55,7 @@ def encode_e4m3(
     Returns codes, uint8 of the same shape, and dequant_scale, float32: (O,) for "row", (1,) for "tensor", (Ob, Ib) for
     "block", None for "none"; weight ~= codes * dequant_scale, as `dequantise` multiplies them.
     Error: at most 2**-4 relative for normal codes (3 mantissa bits) and scale * 2**-10 absolute below them; rows or
-    blocks of zeros are exact (scale 1).   Memory: O*I bytes, the scales, and 2 MB while encoding (a row, or a row of
+    blocks of zeros are exact (scale 1).   Memory: O*I bytes, the scales, and 4 MB while encoding (a row, or a row of
     blocks, if that is larger; 64 MB on an accelerator).
     Raises ValueError for weights that aren't finite in float32, and for "none" where one is above 448, which a plain
     cast can't hold.
@@ -68,6 +70,7 @@ def encode_e4m3(
     grid = _Grid.of(weight.shape, scaling, block_shape)
     largest = torch.zeros(grid.blocks, dtype=torch.float32, device=weight.device)
     scale = None
+    scales: list[Tensor] = []
     if scaling == "tensor":
         for chunk in grid.chunks(rows):
             largest.narrow(0, *chunk.blocks).copy_(_largest(chunk.load(rows)))
@@ -77,7 +80,9 @@ def encode_e4m3(
         if scaling != "tensor":
             largest.narrow(0, *chunk.blocks).copy_(_largest(values))
         if scaling in ("row", "block"):
-            scale = _dequant_scale(largest.narrow(0, *chunk.blocks))[:, None, :, None]
+            scale = _dequant_scale(largest.narrow(0, *chunk.blocks))
+            scales.append(scale)
+            scale = scale[:, None, :, None]
         if scale is not None:
             # Rounding of the scale may carry the largest weight a hair past 448; the cast rounds it back (NaN begins at
             # 464, where 480 would be nearer).
@@ -87,9 +92,10 @@ def encode_e4m3(
     shape = scale_shape(tuple(weight.shape), scaling, block_shape)
     if shape is None:
         return out, None
-    every = scale if scaling == "tensor" else _dequant_scale(largest)
-    assert every is not None
-    return out, every.reshape(shape)
+    if scaling != "tensor":
+        scale = torch.cat(scales) if scales else torch.ones_like(largest)
+    assert scale is not None
+    return out, scale.reshape(shape)
 
 
 def decode_e4m3(codes: Tensor, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
@@ -101,7 +107,7 @@ def decode_e4m3(codes: Tensor, dtype: torch.dtype, *, out: Tensor | None = None)
     into the place of a wider format differs from it by a power of two only. Its subnormals pass through subnormals of
     the wide format; where the processor flushes those to zero, everything passes through float16, whose subnormals no
     conversion flushes. Apple's GPU has no FP8 format; it looks each code up in a table of 256 numbers.
-    Memory: the result, and 3 MB where denormals are flushed.
+    Memory: the result, and 6 MB where denormals are flushed.
     Source: measured by benchmarks/fp8_decode.py.
     """
     if out is None:
@@ -138,7 +144,7 @@ def dequantise(
     codes: (O, ...) uint8.   dequant_scale: float32, (O,), (1,), (Ob, Ib), or None.
     block_shape: rows and columns that share a scale, where the scale has two dimensions; None means `BLOCK_SHAPE`.
     out: tensor of the codes' shape and `dtype` to write into; None allocates one.   Returns it.
-    Memory: the result, and 2 MB (a row, or a row of blocks, if that is larger; 64 MB on an accelerator).
+    Memory: the result, and 4 MB (a row, or a row of blocks, if that is larger; 64 MB on an accelerator).
     """
     if dequant_scale is None:
         return decode_e4m3(codes, dtype, out=out)
@@ -183,8 +189,8 @@ def _dequant_scale(largest: Tensor) -> Tensor:
     largest: float32 of any shape, magnitude of the largest weight that will share each scale.
     """
     # The smallest normal number keeps the division finite for rows of subnormal weights.
-    scale = (largest / E4M3_MAX).clamp_(min=torch.finfo(torch.float32).tiny)
-    return torch.where(largest == 0, torch.ones_like(scale), scale)
+    scale = largest.div(E4M3_MAX).clamp_(min=_SMALLEST)
+    return scale.masked_fill_(largest == 0, 1.0)
 
 
 def _refuse_unfit(largest: Tensor, scaling: Scaling) -> None:

@@ -148,7 +148,7 @@ def _translated_errors() -> Iterator[None]:
         raise RunError(
             "the device's memory is full",
             found=str(error).partition(". ")[0],
-            hint="`octavo plan` says what weights, gradients and optimizer take; activations come on top. Set "
+            hint="`octavo plan --fit SIZE` chooses settings for a card of that size, model.fit=SIZE takes them. Or set "
             "model.dit.precision=fp8, model.dit.gradient_checkpointing=true, a smaller data.batch_size with "
             "more trainer.accumulate_grad_batches, a smaller data.max_px or sample.size_px",
         ) from error

@@ -72,7 +72,7 @@ class PhasePeaks:
 def compare_peaks(plan: VramPlan, peaks: PhasePeaks) -> dict[str, dict[str, int]]:
     """Phase -> {"predicted_bytes", "measured_bytes"} in the order of the plan; only what was measured.
 
-    predicted: on a GPU of the device, else of device and host together; without activations where the plan isn't traced.
+    predicted: on a GPU of the device, else of device and host together; without activations if the plan isn't traced.
     """
     on_gpu = plan.device.startswith("cuda")
     return {
