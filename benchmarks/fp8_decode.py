@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from framework.storage.fp8 import decode_e4m3, encode_e4m3
+from framework.storage.fp8 import decode_e4m3, dequantise, encode_e4m3, has_nan_codes
 
 SIZE = 4096
 ROUNDS = 15
@@ -29,24 +29,43 @@ def milliseconds(run: Callable[[], object]) -> float:
     return median(times)
 
 
+def decode_flushed(codes: torch.Tensor, out: torch.Tensor) -> None:
+    """Decode in the processor mode that turns subnormal numbers into zero."""
+    torch.set_flush_denormal(True)
+    decode_e4m3(codes, out.dtype, out=out)
+    torch.set_flush_denormal(False)
+
+
 def main() -> None:
     """Print one line per way, for a SIZE x SIZE weight in bf16."""
     if len(sys.argv) > 1:
         torch.set_num_threads(int(sys.argv[1]))
     torch.manual_seed(0)
     weight = (0.02 * torch.randn(SIZE, SIZE)).bfloat16()
-    codes, _ = encode_e4m3(weight)
+    codes, scale = encode_e4m3(weight)
+    block_codes, block_scale = encode_e4m3(weight, "block")
+    reused = torch.empty_like(weight)
     ways: dict[str, Callable[[], object]] = {
         "encode, row scales": lambda: encode_e4m3(weight, "row"),
+        "encode, one scale": lambda: encode_e4m3(weight, "tensor"),
+        "encode, blocks": lambda: encode_e4m3(weight, "block"),
         "encode, no scale": lambda: encode_e4m3(weight, "none"),
         "decode to bf16": lambda: decode_e4m3(codes, torch.bfloat16),
+        "the same, reused memory": lambda: decode_e4m3(codes, torch.bfloat16, out=reused),
+        "the same, denormals flushed": lambda: decode_flushed(codes, reused),
         "decode to float32": lambda: decode_e4m3(codes, torch.float32),
+        "dequantise, row scales": lambda: dequantise(codes, scale, torch.bfloat16, out=reused),
+        "dequantise, blocks": lambda: dequantise(
+            block_codes, block_scale, torch.bfloat16, out=reused
+        ),
+        "look for NaN codes": lambda: has_nan_codes(codes),
         "torch's cast to bf16": lambda: codes.view(torch.float8_e4m3fn).to(torch.bfloat16),
         "copy of the bf16 weight": lambda: weight.clone(),
+        "the same, reused memory ": lambda: reused.copy_(weight),
     }
     print(f"{SIZE} x {SIZE}, {torch.get_num_threads()} threads, median of {ROUNDS}")
     for name, run in ways.items():
-        print(f"{name:>24}: {milliseconds(run):7.1f} ms")
+        print(f"{name:>28}: {milliseconds(run):7.1f} ms")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ _LFS_POINTER = b"version https://git-lfs"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 ELEMENT_BITS: Mapping[str, int] = {
-    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8,
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4,
     "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
 }  # fmt: skip
 """Bits per element of the safetensors dtypes."""

@@ -100,9 +100,7 @@ def _has_scale(group: TensorGroup, tensor: TensorPlan) -> bool:
     scale = tensor.published_scale
     if wanted is None:
         return scale is None
-    return (
-        scale is not None and scale.source_dtype == "F32" and prod(scale.shape) == prod(wanted)
-    )
+    return scale is not None and scale.source_dtype == "F32" and prod(scale.shape) == prod(wanted)
 
 
 def block_name(layer: str) -> str:

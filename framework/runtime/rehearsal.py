@@ -1,9 +1,10 @@
 """Runs what a phase of a plan does on fake tensors and counts bytes: nothing is read, computed or allocated.
 
-Long stacks of equal blocks are shortened: a step is run with three blocks and with four, and what it takes with all of
-them follows from the two. That is exact and no estimate, because between two blocks the same tensors come and go: the
-highest point of each stage (the forward pass, then the backward pass of the last block, of the one before, ..., of the
-first) grows by the same bytes with every block. Where blocks aren't stored alike, all of them are run.
+Long stacks of equal blocks are shortened: a step is run with four blocks and with five, and what it takes with all of
+them follows from the two. That is exact and no estimate, because with each block the same tensors come and go. The
+highest point of a stage (the forward pass, then the backward pass of the last block, of the one before, ...) grows by
+the same bytes with every block of the stack. From the last but one to the third, stages differ by the same bytes too,
+so that the highest of them is at one end. Where blocks aren't stored alike, all of them are run.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from framework.runtime.trace import ACTIVATIONS, MeasuredBytes
 from framework.storage.fetching import Fetcher
 from framework.storage.scratch import release_scratch
 
-_SHORT = (3, 4)
+_SHORT = (4, 5)
 """Numbers of blocks that a shortened stack is run with; two points of a line."""
 FETCHED, GRADIENTS, HELD = "fetched", "gradients", "held"
 
@@ -327,7 +328,7 @@ def _mark_blocks(module: nn.Module, stages: Stages) -> list[Any]:
     handles = []
     for index in range(1, len(stack)):
         from_end = len(stack) - index
-        names = [f"backward to block {index}"] if index == 1 or from_end > 2 else []
+        names = [f"backward to block {index}"] if index <= 2 or from_end > 2 else []
         names += [f"backward to block -{from_end}"] if from_end <= 2 else []
 
         def mark(block: Any, args: Any, kwargs: Any, names: list[str] = names) -> None:

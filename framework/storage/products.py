@@ -21,7 +21,13 @@ from torch.nn import functional
 
 from framework.storage.fp8 import decode_e4m3
 from framework.storage.scratch import scratch_like
-from framework.storage.weights import WeightSource
+from framework.storage.triton_product import (
+    can_fuse,
+    choose_product,
+    fused_grad_input,
+    fused_linear,
+)
+from framework.storage.weights import StoredWeight, WeightSource
 
 Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]
 """stride, padding, dilation, groups of a convolution."""
@@ -42,6 +48,12 @@ class ManagedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, source: WeightSource, bias: Tensor | None) -> Tensor:
         """Fetch, decode, multiply, let go."""
+        ctx.source = source
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        fused = _fused(source, x)
+        if fused is not None:
+            rows = fused_linear(_as_rows(x), fused.values, fused.dequant_scale, bias)
+            return rows.view(*x.shape[:-1], rows.shape[1])
         weight, scale = _prepare(source, x.dtype)
         # Without a scale the bias is added before the sum is rounded, as a plain layer does.
         fused_bias = bias.to(x.dtype) if bias is not None and scale is None else None
@@ -50,8 +62,6 @@ class ManagedProduct(torch.autograd.Function):
             y.mul_(scale)
             if bias is not None:
                 y.add_(bias)
-        ctx.source = source
-        ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
     @staticmethod
@@ -60,8 +70,12 @@ class ManagedProduct(torch.autograd.Function):
         """grad_x = (grad_y * scale) codes."""
         grad_x = grad_bias = None
         if ctx.needs_input_grad[2]:
-            grad_bias = grad_y.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+            grad_bias = _as_rows(grad_y).sum(0).to(ctx.bias_dtype)
         if ctx.needs_input_grad[0]:
+            fused = _fused(ctx.source, grad_y)
+            if fused is not None:
+                rows = fused_grad_input(_as_rows(grad_y), fused.values, fused.dequant_scale)
+                return rows.view(*grad_y.shape[:-1], rows.shape[1]), None, grad_bias
             weight, scale = _prepare(ctx.source, grad_y.dtype)
             if scale is not None:
                 grad_y = (grad_y * scale).to(grad_y.dtype)
@@ -127,6 +141,22 @@ class ManagedConvolution(torch.autograd.Function):
                 [True, False, False],
             )[0]
         return grad_x, None, grad_bias, None
+
+
+def _fused(source: WeightSource, x: Tensor) -> StoredWeight | None:
+    """The stored weight, where the product with x is to be made by the fused kernel.
+
+    x: (..., I), or (..., O) for the gradient.
+    """
+    if not choose_product(x.device, x.numel() // max(1, x.shape[-1])):
+        return None
+    stored = source.fetch()
+    fits = stored.is_encoded and can_fuse(x, stored.values, stored.dequant_scale)
+    return stored if fits else None
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 def _prepare(source: WeightSource, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

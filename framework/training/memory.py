@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
+from framework.plan.table import format_bytes as binary
 from framework.plan.types import Phase, VramPlan
 
 # CUDA's own counter begins anew with each phase; what it said before is kept here.
@@ -91,8 +92,8 @@ def describe_peaks(plan: VramPlan, found: dict[str, dict[str, int]]) -> str:
         return ""
     if plan.device.startswith("cuda"):
         parts = [
-            f"{name} predicted {format_bytes(both['predicted_bytes'])}, "
-            f"measured {format_bytes(both['measured_bytes'])}"
+            f"{name} predicted {binary(both['predicted_bytes'])}, "
+            f"measured {binary(both['measured_bytes'])}"
             for name, both in found.items()
         ]
         return f"peak memory: {'; '.join(parts)}"

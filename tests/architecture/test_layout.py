@@ -39,6 +39,8 @@ def test_files_and_functions_stay_small(path: Path) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno is not None
             assert node.end_lineno - node.lineno < MAX_FUNCTION_LINES, node.name
+            if any("triton" in ast.unparse(decorator) for decorator in node.decorator_list):
+                continue  # a kernel's arguments are pointers, sizes and strides, each on its own
             arguments = [
                 a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
             ]

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from framework.storage import triton_product
+from framework.storage import products, triton_product
 from framework.storage.fp8 import dequantise, encode_e4m3
+from framework.storage.managed import convert_layer_
 from framework.storage.triton_product import (
     Tiling,
     can_fuse,
@@ -210,6 +211,38 @@ def test_the_fastest_tiling_is_looked_for_once(
             assert not timed
     finally:
         triton_product._runner.cache_clear()
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("scaling", [*SCALINGS, "block"])
+@pytest.mark.parametrize("shape", [(24,), (1, 24), (2, 3, 24), (0, 24)], ids=str)
+def test_a_managed_layer_that_is_fused_is_the_layer(
+    shape: tuple[int, ...], scaling: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(24, 40).to(torch.bfloat16)
+    layer.weight.requires_grad_(False)
+    convert_layer_(layer, scaling=scaling, block_shape=(16, 16) if scaling == "block" else None)
+    x = torch.randn(shape, dtype=torch.bfloat16)
+    results = []
+    calls: list[str] = []
+    for name in ("fused_linear", "fused_grad_input"):
+        plain = getattr(products, name)
+        monkeypatch.setattr(products, name, lambda *a, f=plain, n=name: (calls.append(n), f(*a))[1])
+    for fused in (False, True):
+        monkeypatch.setattr(products, "choose_product", lambda device, rows, fused=fused: fused)
+        given = x.clone().requires_grad_()
+        layer.bias.grad = None
+        y = layer(given)
+        y.float().square().sum().backward()
+        results.append((y.detach(), given.grad, layer.bias.grad))
+    wanted = [] if scaling == "block" or 0 in shape else ["fused_linear", "fused_grad_input"]
+    assert calls == wanted
+    for one, other in zip(*results, strict=True):
+        assert one is not None
+        assert other is not None
+        assert (one.shape, one.dtype) == (other.shape, other.dtype)
+        torch.testing.assert_close(one, other, rtol=0.03, atol=0.03)
 
 
 def test_tilings_of_a_class_sum_in_the_same_order() -> None:

@@ -94,8 +94,8 @@ def test_every_command_refuses_a_wrong_configuration(command: str, capsys: Captu
     assert captured.out == ""
     assert captured.err.splitlines() == [
         "Error: 1 fault in the configuration",
-        "  model.dit.precison: unknown key; model.dit has precision, trainable, source, fp8, lora, "
-        "gradient_checkpointing",
+        "  model.dit.precison: unknown key; model.dit has precision, trainable, offload, granularity, source, "
+        "fp8, lora, gradient_checkpointing",
         "      Set by: command line: model.dit.precison=fp8",
         "      Nearest: model.dit.precision",
         "      Next: Write model.dit.precision=fp8.",
