@@ -23,6 +23,7 @@ from framework.atomic import sync_path
 from framework.errors import PlanError
 from framework.inventory import StoredTensor, read_inventory
 from framework.plan.match import module_name
+from framework.plan.published import read_published
 from framework.schema.families import ComponentSpec
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -83,8 +84,13 @@ def _pair(
     trained = module.state_dict()
     unsaved = set(trained)
     entries: dict[str, list[_Entry]] = {}
-    for key, stored in read_inventory(source).items():
-        name = module_name(key, spec)
+    inventory = read_inventory(source)
+    published = read_published(inventory, ignored_keys=spec.ignored_keys)
+    names = {stored.key: module_name(key, spec) for key, stored in published.tensors.items()}
+    for key, stored in inventory.items():
+        name = names.get(key)
+        if name is None and module_name(key, spec) is not None:
+            continue  # a scale beside FP8 weights, which the trained ones don't have
         values = None if name is None else trained.get(name)
         if name is not None and (values is None or tuple(values.shape) != tuple(stored.shape)):
             found = "nothing" if values is None else f"shape {tuple(values.shape)}"
@@ -157,6 +163,10 @@ def _write_configs(source: Path, staging: Path, entries: Mapping[str, Sequence[_
         target = staging / path.name
         if path.name.endswith(".safetensors.index.json"):
             index = json.loads(path.read_text(encoding="utf-8"))
+            written = {entry.key for contents in entries.values() for entry in contents}
+            index["weight_map"] = {
+                key: file for key, file in index["weight_map"].items() if key in written
+            }
             index["metadata"] = {**(index.get("metadata") or {}), "total_size": total}
             target.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         else:

@@ -112,9 +112,11 @@ def _load_weights(
     _check_complete(plan, module)
     stores: dict[str, Store] = dict(_stores(plan, sources, device))
     slots = _prepare_(module, plan, compute_dtype, fetcher, stores)
-    rests_on_disk = plan.offload == "disk"
-    wanted = [source for source in sources if not (source.group.moves and rests_on_disk)]
+    on_disk = plan.offload == "disk"
+    wanted = [s for s in sources if not (on_disk and s.group.moves and not _needs_a_look(s))]
     for source, weight in read_resting(wanted, device, on_progress):
+        if source.group.moves and on_disk:
+            continue
         if source.group.moves:
             parcel, slot = slots[source.tensor.layer]
             store = stores[parcel]
@@ -156,6 +158,11 @@ def build_skeleton(
     module.requires_grad_(plan.trainable == "full")
     module.train(plan.trainable == "full")
     return module
+
+
+def _needs_a_look(source: TensorSource) -> bool:
+    """Whether codes that stay on disk must be searched for NaN once: others wrote them, and decoding doesn't see it."""
+    return source.group.scaling is not None and not source.is_own
 
 
 def _stores(

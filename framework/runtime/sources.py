@@ -38,12 +38,14 @@ class TensorSource:
     """A planned tensor and where it lies now.
 
     stored: on this machine.   scale: the published scale of FP8 values, if the file has one.
+    is_own: the file was written by `use_converted`, which looked for NaN.
     """
 
     group: TensorGroup
     tensor: TensorPlan
     stored: StoredTensor
     scale: StoredTensor | None
+    is_own: bool = False
 
 
 def match_files(plan: ComponentPlan, folder: Path) -> list[TensorSource]:
@@ -52,6 +54,7 @@ def match_files(plan: ComponentPlan, folder: Path) -> list[TensorSource]:
     folder: of the component, on this machine.   Raises PlanError where something changed, SourceError for bad files.
     """
     inventory = _inventory(plan, folder)
+    own = None if plan.converted_dir is None else Path(plan.converted_dir).expanduser().absolute()
     return [
         TensorSource(
             group,
@@ -62,6 +65,7 @@ def match_files(plan: ComponentPlan, folder: Path) -> list[TensorSource]:
             else _find(
                 inventory, tensor.published_scale.key, tensor.published_scale, plan.name, folder
             ),
+            is_own=own is not None and Path(tensor.file).parent == own,
         )
         for group in plan.groups
         for tensor in group.tensors
@@ -191,7 +195,7 @@ def _encode_(source: TensorSource, values: Tensor, codes: Tensor) -> Tensor | No
 def _codes(source: TensorSource, values: Tensor) -> Tensor:
     """FP8 values of a file as codes, sharing their memory; kept as they are, for encoding again would add error."""
     codes = values.view(torch.uint8)
-    if has_nan_codes(codes):
+    if not source.is_own and has_nan_codes(codes):
         raise PlanError(f"{source.tensor.source_key} holds NaN", where=source.stored.file)
     return codes
 

@@ -5,6 +5,7 @@ A memory map would count the file's pages as the process's own (measured: twice 
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +18,11 @@ from framework.errors import SourceError
 from framework.inventory import StoredTensor
 
 PART_BYTES = 2 * 2**20
-"""Parts of this size are read while another is in use, and stay in the processor's cache until they are."""
+"""Parts of this size stay in the processor's cache until they are used."""
+
+# Parts with memory of their own that are read while another is in use. Not so the others: where they are encoded, the
+# processors are busy.
+_AHEAD = 2
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -63,32 +68,24 @@ class Part:
 def read_parts(parts: Sequence[Part]) -> Iterator[tuple[Part, Tensor]]:
     """Yield each part with its values, in the order given.
 
-    What is kept has memory of its own. Any other is a view of a shared buffer: it holds until the next one is asked
-    for; copy what is to stay.
-    While one is in use, the next is read, if it is kept or small.
-    Memory: twice `PART_BYTES`, and the bytes of the largest part if that is larger and isn't kept.
+    What is kept has memory of its own, and is read ahead. Any other is a view of one shared buffer: it holds until the
+    next one is asked for; copy what is to stay.
+    Memory: the bytes of the largest part that isn't kept.
     Raises SourceError for a file that is gone or shorter than its header says.
     """
-    shared = [part.num_bytes for part in parts if not part.keeps]
-    small = max((count for count in shared if count <= PART_BYTES), default=0)
-    large = max((count for count in shared if count > PART_BYTES), default=0)
-    buffers = (_bytes(small), _bytes(small))
-    large_buffer = _bytes(large)
-
-    def memory_for(index: int) -> Tensor:
-        if parts[index].keeps:
-            return _bytes(parts[index].num_bytes)
-        return buffers[index % 2] if parts[index].num_bytes <= PART_BYTES else large_buffer
-
-    with _Files() as files, ThreadPoolExecutor(1, "read weights") as reader:
-        ahead: Future[Tensor] | None = None
+    buffer = _bytes(max((part.num_bytes for part in parts if not part.keeps), default=0))
+    waiting: deque[Future[Tensor]] = deque()
+    with _Files() as files, ThreadPoolExecutor(_AHEAD, "read weights") as reader:
         for index, part in enumerate(parts):
-            found = files.read(part, memory_for(index)) if ahead is None else ahead.result()
-            ahead = None
-            if index + 1 < len(parts):
-                following = parts[index + 1]
-                if following.keeps or following.num_bytes <= PART_BYTES:
-                    ahead = reader.submit(files.read, following, memory_for(index + 1))
+            found = (
+                waiting.popleft().result()
+                if waiting
+                else files.read(part, _bytes(part.num_bytes) if part.keeps else buffer)
+            )
+            for later in parts[index + 1 + len(waiting) : index + 1 + _AHEAD]:
+                if not later.keeps:
+                    break
+                waiting.append(reader.submit(files.read, later, _bytes(later.num_bytes)))
             yield part, found
 
 
@@ -112,30 +109,32 @@ def _bytes(count: int) -> Tensor:
 
 
 class _Files:
-    """Reads tensors from files, of which the one in use stays open. One thread at a time."""
+    """Reads parts of files, from several threads, each of which keeps the file open that it reads."""
 
     def __init__(self) -> None:
-        self._path: str | None = None
-        self._file: FileIO | None = None
+        self._open: list[tuple[str, FileIO]] = []
 
     def __enter__(self) -> _Files:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
+        for _path, file in self._open:
+            file.close()
 
     def read(self, part: Part, memory: Tensor) -> Tensor:
         """Fill the first bytes of `memory` (uint8, 1-D, on the CPU) with a part; returns it in its shape and format."""
         window = memory.numpy().data[: part.num_bytes]
         tensor = part.tensor
         try:
-            file = self._open(tensor.file)
-            file.seek(part.start)
-            done = 0
-            # One system call may give less than was asked for.
-            while done < len(window) and (count := file.readinto(window[done:])):
-                done += count
+            path, file = self._take(tensor.file)
+            try:
+                file.seek(part.start)
+                done = 0
+                # One system call may give less than was asked for.
+                while done < len(window) and (count := file.readinto(window[done:])):
+                    done += count
+            finally:
+                self._open.append((path, file))
         except OSError as error:
             raise SourceError(
                 "the weight file can't be read", where=tensor.file, found=str(error)
@@ -149,8 +148,13 @@ class _Files:
             )
         return memory[: part.num_bytes].view(TORCH_DTYPES[tensor.dtype]).view(part.shape)
 
-    def _open(self, path: str) -> FileIO:
-        if self._file is None or self._path != path:
-            self.__exit__()
-            self._file, self._path = FileIO(path), path
-        return self._file
+    def _take(self, path: str) -> tuple[str, FileIO]:
+        """An open file that no other thread uses; those of paths that are done with are closed on the way."""
+        while True:
+            try:
+                opened, file = self._open.pop()
+            except IndexError:
+                return path, FileIO(path)
+            if opened == path:
+                return opened, file
+            file.close()

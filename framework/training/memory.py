@@ -97,8 +97,8 @@ def describe_peaks(plan: VramPlan, found: dict[str, dict[str, int]]) -> str:
             for name, both in found.items()
         ]
         return f"peak memory: {'; '.join(parts)}"
-    predicted = [f"{name} {format_bytes(both['predicted_bytes'])}" for name, both in found.items()]
-    process = format_bytes(max(both["measured_bytes"] for both in found.values()))
+    predicted = [f"{name} {binary(both['predicted_bytes'])}" for name, both in found.items()]
+    process = binary(max(both["measured_bytes"] for both in found.values()))
     return f"peak memory: tensors predicted {', '.join(predicted)}; whole process {process}"
 
 

@@ -45,6 +45,8 @@ def test_two_processes_train_as_one_with_the_doubled_batch(
         sample={"prompts": ["a cat"], "num_inference_steps": 1, "size_px": [32, 32]},
     )
     one = fit_values(change(values, data__batch_size=4)).run_dir
+    # Where the base rests changes nothing, in each of several processes neither.
+    values = change(values, model__dit__offload="host", model__dit__granularity="block")
     two = train(
         change(values, trainer__devices=2, trainer__strategy="ddp", data__batch_size=2),
         tmp_path / "two",

@@ -104,7 +104,7 @@ def test_files_that_are_no_safetensors(tmp_path: Path, content: bytes, message: 
         ({"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}, "header is damaged"),
         ({"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}, "header is damaged"),
         ({"dtype": "F32", "shape": [1]}, "header is damaged"),
-        ({"dtype": "F4", "shape": [1], "data_offsets": [0, 1]}, "unknown dtype F4"),
+        ({"dtype": "F6_E3M2", "shape": [4], "data_offsets": [0, 3]}, "unknown dtype F6"),
     ],
 )
 def test_entries_that_contradict_themselves(tmp_path: Path, entry: object, message: str) -> None:

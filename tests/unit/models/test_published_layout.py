@@ -18,6 +18,7 @@ from framework.inventory import read_inventory
 from framework.models import Family
 from framework.models import published_layout as layout
 from tests.checkpoints import rename_keys
+from tests.published import publish_fp8
 from tests.unit.models.conftest import load
 
 
@@ -88,6 +89,19 @@ def test_a_text_encoder_loads_in_transformers(
     for name, values in original.model.visual.state_dict().items():
         assert torch.equal(loaded.model.visual.state_dict()[name], values), name
     assert torch.equal(loaded.lm_head.weight, original.lm_head.weight)
+
+
+def test_weights_trained_from_scaled_fp8_are_saved_without_scales(
+    family: Family, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    source = publish_fp8(tiny_checkpoint / "transformer", tmp_path / "fp8", "mixed")
+    dit = change_(load(family, "dit", tiny_checkpoint / "transformer"))
+    target = tmp_path / "transformer"
+    family.save_full_component("dit", dit, target, source_folder=source)
+    saved = load_file(target / "fp8.safetensors")
+    assert saved.keys() == dit.state_dict().keys()
+    for name, values in dit.state_dict().items():
+        assert torch.equal(saved[name], values.bfloat16()), name
 
 
 def test_a_whole_checkpoint_with_a_saved_part_loads(

@@ -112,7 +112,7 @@ def test_what_is_kept_where_there_is_room(tiny_checkpoint: Path) -> None:
 
 
 def test_traced_parts_decide_what_is_kept(tiny_checkpoint: Path) -> None:
-    limit = 200_000
+    limit = 700_000
     plan = make_plan(tiny_checkpoint, offload="host", granularity="layer", vram_limit=limit / 2**30)
     before = plan.phase("train")
     activations = limit - before.device.model_copy(update={"fetched": 0}).total_bytes - 50_000

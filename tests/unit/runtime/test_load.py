@@ -198,16 +198,32 @@ def test_published_fp8_is_used_as_it_is(tiny_checkpoint: Path, tmp_path: Path) -
                 )
 
 
-def test_nan_in_a_published_fp8_file_is_refused(tiny_checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("offload", ["none", "host", "disk"])
+def test_nan_in_a_published_fp8_file_is_refused(
+    tiny_checkpoint: Path, tmp_path: Path, offload: str
+) -> None:
     folder = Path(shutil.copytree(tiny_checkpoint / "transformer", tmp_path / "transformer"))
     for file in folder.glob("*.safetensors"):
-        tensors = {k: v.to(torch.float8_e4m3fn) for k, v in load_file(file).items()}
+        tensors = {
+            key: value.to(torch.float8_e4m3fn) if "attn.to_" in key and value.ndim == 2 else value
+            for key, value in load_file(file).items()
+        }
         for key, value in tensors.items():
             if key == "transformer_blocks.0.attn.to_q.weight":
                 value.view(torch.uint8)[0, 0] = 0x7F
         save_file(tensors, file)
     plan = make_plan(
-        tiny_checkpoint, purpose="infer", dit={"source": str(folder), "precision": "fp8"}
+        tiny_checkpoint,
+        purpose="infer",
+        dit={
+            "source": str(folder),
+            "precision": "fp8",
+            "offload": offload,
+            # Other layers would have to be converted first, which looks at all of them.
+            "fp8": {
+                "keep_high_precision": ["*mlp*", "*_mod*", "*add_*", "*_in", "*out*", "*embed*"]
+            },
+        },
     )
     with pytest.raises(PlanError, match=r"transformer_blocks\.0\.attn\.to_q\.weight holds NaN"):
         load(plan.component("dit"))
@@ -317,7 +333,7 @@ def test_a_file_that_shrinks_while_it_is_read(tiny_checkpoint: Path, tmp_path: P
         list(read_tensors(inventory.values()))
 
 
-def test_streaming_reuses_two_small_buffers(tiny_checkpoint: Path) -> None:
+def test_streaming_reuses_one_buffer(tiny_checkpoint: Path) -> None:
     from framework.inventory import read_inventory
     from framework.runtime.streaming import read_tensors
 
@@ -330,7 +346,7 @@ def test_streaming_reuses_two_small_buffers(tiny_checkpoint: Path) -> None:
         storages.add(values.untyped_storage().data_ptr())
         assert torch.equal(values, wanted.pop(stored.key))
     assert not wanted
-    assert len(storages) == 2  # one is filled while the other is in use
+    assert len(storages) == 1
     assert list(read_tensors([])) == []
 
 
