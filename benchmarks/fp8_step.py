@@ -5,7 +5,7 @@ is noisy for all. Printed are medians of per-round ratios to bf16, and of one st
 saves for backward beside them, the process's peak above its level after imports (in a process whose malloc keeps
 nothing back), the peak of tensors alone, and errors against float32.
 
-    python benchmarks/fp8_step.py [--tokens 256] [--layers 5] [--width 1024] [--rounds 7] [--checkpointing]
+    python benchmarks/fp8_step.py [--cases 256,256+checkpointing,1024] [--layers 9] [--width 1024] [--rounds 5]
                                   [--ways bf16,Octavo] [--python PATH] [--diffsynth CHECKOUT] [--json FILE]
 
 --python: an interpreter that has torchao too; ways whose package is missing are left out and named.
@@ -25,7 +25,6 @@ from statistics import median
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-PEAK_RUNS = 3
 COLUMNS = {
     "time": "step time / bf16",
     "peak": "peak of the process / bf16",
@@ -62,22 +61,26 @@ def work(settings: dict[str, Any]) -> None:
         fp8_ways.say(missing=str(error))
         return
     fp8_ways.unsettle_adapter_(module)
-    if settings["checkpointing"]:
-        # Octavo calls diffusers' own switch too, when the plan says so.
-        module.enable_gradient_checkpointing()
     module.train()
-    batch = fp8_ways.inputs(settings["tokens"], settings["text_tokens"])
-    target = torch.randn(batch["hidden_states"].shape, generator=torch.Generator().manual_seed(3))
-    run = Step(module, batch, target, exact=way == "float32")
-    run()  # warms up
-    fp8_ways.say(rest=resting_bytes(module), **run.saved())
+    runs = [
+        Step(module, case, settings["text_tokens"], exact=way == "float32")
+        for case in settings["cases"]
+    ]
+    fp8_ways.say(rest=resting_bytes(module))
     for line in sys.stdin:
-        match line.strip():
+        what, number = line.split()
+        run = runs[int(number)]
+        run.prepare()
+        match what:
             case "step":
                 start = time.perf_counter()
                 run()
                 fp8_ways.say(seconds=time.perf_counter() - start)
+            case "saved":
+                run()  # warms up
+                fp8_ways.say(**run.saved())
             case "peak":
+                run()
                 reset_peak()
                 run()
                 fp8_ways.say(peak_bytes=1024 * (memory_kb("VmHWM") - level))
@@ -95,8 +98,23 @@ def work(settings: dict[str, Any]) -> None:
 class Step:
     """Forward, loss and backward of one batch."""
 
-    def __init__(self, module: Any, batch: dict[str, Any], target: Any, *, exact: bool) -> None:
-        self.module, self.batch, self.target, self.exact = module, batch, target, exact
+    def __init__(self, module: Any, case: str, text_tokens: int, *, exact: bool) -> None:
+        """case: image tokens, and "+checkpointing" if blocks are recomputed, e.g. "256+checkpointing"."""
+        import fp8_ways
+        import torch
+
+        tokens, _, extra = case.partition("+")
+        self.module, self.exact, self.checkpointing = module, exact, bool(extra)
+        self.batch = fp8_ways.inputs(int(tokens), text_tokens)
+        shape = self.batch["hidden_states"].shape
+        self.target = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+
+    def prepare(self) -> None:
+        """Switch checkpointing as the case says, by diffusers' own switch, which Octavo uses too."""
+        if self.checkpointing:
+            self.module.enable_gradient_checkpointing()
+        else:
+            self.module.disable_gradient_checkpointing()
 
     def __call__(self) -> Any:
         """Make a step; returns the output as float32."""
@@ -198,9 +216,8 @@ class Worker:
             "way": way,
             "folder": str(folder),
             "results": str(self.results),
-            "tokens": options.tokens,
+            "cases": options.cases,
             "text_tokens": options.text_tokens,
-            "checkpointing": options.checkpointing,
             "threads": options.threads,
             "diffsynth": options.diffsynth or "",
         }
@@ -222,10 +239,10 @@ class Worker:
         )
         self.about = self._answer()
 
-    def ask(self, what: str) -> dict[str, Any]:
-        """Send a command and wait for its answer."""
+    def ask(self, what: str, case: int) -> dict[str, Any]:
+        """Send a command about one of the cases and wait for its answer."""
         assert self.process.stdin is not None
-        self.process.stdin.write(what + "\n")
+        self.process.stdin.write(f"{what} {case}\n")
         self.process.stdin.flush()
         return self._answer()
 
@@ -259,35 +276,50 @@ def drive(options: argparse.Namespace) -> dict[str, Any]:
                 print(f"left out: {way} ({worker.about['missing']})", file=sys.stderr)
                 continue
             workers.append(worker)
-        times: dict[str, list[float]] = {worker.way: [] for worker in workers}
-        for _ in range(options.rounds):
-            for worker in workers:
-                times[worker.way].append(worker.ask("step")["seconds"])
-        peaks, tensors = {}, {}
+        measured: dict[str, dict[str, dict[str, float]]] = {case: {} for case in options.cases}
+        for number, case in enumerate(options.cases):
+            measured[case] = measure_times(workers, number, options.rounds)
         for worker in workers:
             lean = Worker(worker.way, options, folder, lean=True)
-            peaks[worker.way] = median(lean.ask("peak")["peak_bytes"] for _ in range(PEAK_RUNS))
-            tensors[worker.way] = lean.ask("tensors")["tensor_bytes"]
+            for number, case in enumerate(options.cases):
+                measured[case][worker.way] |= lean.ask("peak", number) | lean.ask("tensors", number)
             lean.close()
         truth = Worker("float32", options, folder)
         for worker in [truth, *workers]:
-            worker.ask("errors")
+            worker.ask("errors", 0)
             worker.close()
-        errors = {w.way: compare(w.results, truth.results, workers[0].results) for w in workers}
-    base = workers[0].way
+        for worker in workers:
+            errors = compare(worker.results, truth.results, workers[0].results)
+            measured[options.cases[0]][worker.way] |= errors
+    return {case: against_first(values) for case, values in measured.items()}
+
+
+def measure_times(workers: list[Worker], case: int, rounds: int) -> dict[str, dict[str, float]]:
+    """Way -> bytes at rest and saved, and the median of each round's ratio to the first way."""
+    saved = {worker.way: worker.ask("saved", case) for worker in workers}
+    times: dict[str, list[float]] = {worker.way: [] for worker in workers}
+    for _ in range(rounds):
+        for worker in workers:
+            times[worker.way].append(worker.ask("step", case)["seconds"])
+    base = times[workers[0].way]
     return {
         worker.way: {
-            "time": median(t / b for t, b in zip(times[worker.way], times[base], strict=True)),
+            "time": median(t / b for t, b in zip(times[worker.way], base, strict=True)),
             "seconds": median(times[worker.way]),
-            "peak": peaks[worker.way] / peaks[base],
-            "peak_mb": peaks[worker.way] / 1e6,
-            "tensors": tensors[worker.way] / tensors[base],
-            "tensors_mb": tensors[worker.way] / 1e6,
-            "rest": worker.about["rest"] / workers[0].about["rest"],
-            "saved_mb": worker.about["saved"] / 1e6,
-            **errors[worker.way],
+            "rest_bytes": worker.about["rest"],
+            "saved_mb": saved[worker.way]["saved"] / 1e6,
         }
         for worker in workers
+    }
+
+
+def against_first(values: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Add the ratios of bytes to those of the first way."""
+    first = next(iter(values.values()))
+    ratios = {"peak": "peak_bytes", "tensors": "tensor_bytes", "rest": "rest_bytes"}
+    return {
+        way: {**own, **{name: own[key] / first[key] for name, key in ratios.items()}}
+        for way, own in values.items()
     }
 
 
@@ -324,16 +356,16 @@ def distance(a: Any, b: Any) -> float:
 def table(results: dict[str, Any], options: argparse.Namespace) -> str:
     """Markdown."""
     rows = [
-        f"{options.tokens} image tokens, {options.text_tokens} text tokens, {options.layers} blocks of width "
-        f"{options.width}{', checkpointing' if options.checkpointing else ''}; {options.rounds} rounds, "
-        f"{options.threads} threads",
-        "",
-        f"| storage | {' | '.join(COLUMNS.values())} |",
-        "|---" * (len(COLUMNS) + 1) + "|",
+        f"{options.text_tokens} text tokens, {options.layers} blocks of width {options.width}; "
+        f"{options.rounds} rounds, {options.threads} threads"
     ]
-    for way, values in results.items():
-        cells = [f"{values[key]:{FORMATS.get(key, '.2f')}}" for key in COLUMNS]
-        rows.append(f"| {way} | {' | '.join(cells)} |")
+    for case, ways in results.items():
+        columns = {key: title for key, title in COLUMNS.items() if key in next(iter(ways.values()))}
+        rows += ["", f"{case} image tokens", "", f"| storage | {' | '.join(columns.values())} |"]
+        rows.append("|---" * (len(columns) + 1) + "|")
+        for way, values in ways.items():
+            cells = [f"{values[key]:{FORMATS.get(key, '.2f')}}" for key in columns]
+            rows.append(f"| {way} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -341,13 +373,14 @@ def main() -> None:
     """Parse the command line; see the head of this file."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--work")
-    parser.add_argument("--tokens", type=int, default=256)
+    parser.add_argument(
+        "--cases", type=lambda text: text.split(","), default=["256", "256+checkpointing", "1024"]
+    )
     parser.add_argument("--text-tokens", type=int, default=32)
     parser.add_argument("--layers", type=int, default=9)
     parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--ways", type=lambda text: text.split(","), default=None)
     parser.add_argument("--python", default=sys.executable)
     parser.add_argument("--diffsynth")

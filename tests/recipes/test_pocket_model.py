@@ -31,7 +31,9 @@ def psnr(a: Image.Image, b: Image.Image) -> float:
 
 def pictures(*overrides: str) -> list[Image.Image]:
     """What `octavo generate recipe=pocket_lora` would make."""
-    composition = compose_run(["recipe=pocket_lora", "model.compute_dtype=fp32", "model.device=cpu", *overrides])
+    composition = compose_run(
+        ["recipe=pocket_lora", "model.compute_dtype=fp32", "model.device=cpu", *overrides]
+    )
     config, _ = validate(composition.values, composition.where, use="generate")
     return generate(config.model, prompts=PROMPTS, settings=SETTINGS)
 

@@ -110,7 +110,9 @@ def test_ray_stops_by_control_c_and_goes_on(place: Place) -> None:
     sweep = place.sweep()
     # A run without a checkpoint has nothing to go on from, and starts a new folder.
     wait_until(
-        lambda: len({path.parts[-4] for path in sweep.glob("points/*/001/checkpoints/*.ckpt")}) == 2,
+        lambda: (
+            len({path.parts[-4] for path in sweep.glob("points/*/001/checkpoints/*.ckpt")}) == 2
+        ),
         process,
     )
     os.killpg(process.pid, signal.SIGINT)  # what a terminal does
