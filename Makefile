@@ -19,7 +19,7 @@ demo: setup
 	$(BIN)/python train.py recipe=pocket_lora model.dit.precision=fp8
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from framework.training.checkpoint_io import list_checkpoints, read_checkpoint
 from tests.training.runs import change, fit_values, read_losses, write_pictures
@@ -67,7 +68,8 @@ def test_gradient_checkpointing_is_really_on(
     original = torch.utils.checkpoint.checkpoint
 
     def counted(*arguments: Any, **options: Any) -> Any:
-        calls.append(arguments)
+        if not any(isinstance(argument, FakeTensor) for argument in arguments):
+            calls.append(arguments)  # a plan is traced on fake ones
         return original(*arguments, **options)
 
     monkeypatch.setattr(torch.utils.checkpoint, "checkpoint", counted)

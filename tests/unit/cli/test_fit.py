@@ -36,6 +36,7 @@ def test_the_chosen_settings_are_printed_as_overrides_that_give_the_same_plan(
     """
     parts = ("dit", "text_encoder", "vae")
     recipe = [*recipe, "model.device=cpu", "model.text_encoder.precision=bf16"]
+    recipe += ["model.dit.precision=bf16"]
     recipe += [f"model.{part}.offload=none" for part in parts]
     assert main([*recipe, "--fit", ROOM, "--json"]) == 0
     (trial,) = json.loads(capsys.readouterr().out)["fit"]["trials"]
