@@ -1,4 +1,4 @@
-"""Memory that one decoded weight after the other is written into.
+"""Memory that one decoded weight, or scaled gradient, after the other is written into.
 
 On the CPU a large allocation is fresh pages each time, which cost as much as the decoding itself; an accelerator's
 allocator hands the same memory out again anyway.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from math import prod
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,23 +17,25 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 class _Buffers(threading.local):
     def __init__(self) -> None:
-        self.by_kind: dict[tuple[torch.dtype, bool], Tensor] = {}
+        self.by_kind: dict[tuple[str, torch.dtype, bool], Tensor] = {}
 
 
 _buffers = _Buffers()
 
 
-def scratch_like(codes: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """A tensor of the codes' shape and `dtype` that the thread's next call overwrites; None where fresh memory is best.
+def scratch_like(
+    like: Tensor, dtype: torch.dtype, *, purpose: Literal["weight", "gradient"] = "weight"
+) -> Tensor | None:
+    """A tensor of the shape of `like` and of `dtype`; None where fresh memory is best.
 
-    codes: what is to be decoded.
-    Memory: one buffer per thread and `dtype`, as large as the largest weight so far; see `release_scratch`.
+    The thread's next call for the same purpose overwrites it.
+    Memory: one buffer per thread, purpose and `dtype`, as large as the largest so far; see `release_scratch`.
     Fake tensors have a fake one, so that a rehearsal counts it.
     """
-    if codes.device.type != "cpu":
+    if like.device.type != "cpu":
         return None
-    count = prod(codes.shape)
-    kind = (dtype, isinstance(codes, FakeTensor))
+    count = prod(like.shape)
+    kind = (purpose, dtype, isinstance(like, FakeTensor))
     buffer = _buffers.by_kind.get(kind)
     if buffer is None or buffer.numel() < count:
         _buffers.by_kind.pop(kind, None)
@@ -40,7 +43,7 @@ def scratch_like(codes: Tensor, dtype: torch.dtype) -> Tensor | None:
         with torch.inference_mode(False):
             buffer = torch.empty(count, dtype=dtype)
         _buffers.by_kind[kind] = buffer
-    return buffer[:count].view(codes.shape)
+    return buffer[:count].view(like.shape)
 
 
 def release_scratch() -> None:
