@@ -60,6 +60,8 @@ def work(settings: dict[str, Any]) -> None:
     except ImportError as error:
         fp8_ways.say(missing=str(error))
         return
+    # Weights that rest in mapped pages of the file would count the whole file as the process's memory.
+    module._apply(lambda tensor: tensor.clone())
     fp8_ways.unsettle_adapter_(module)
     module.train()
     runs = [
