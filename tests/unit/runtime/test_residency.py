@@ -155,8 +155,13 @@ def offloading_plan(source: Path, offload: str, granularity: str, **model: objec
 @pytest.mark.parametrize("granularity", ["model", "block", "layer"])
 @pytest.mark.parametrize("offload", ["host", "disk"])
 def test_offloaded_components_hold_only_small_tensors_on_the_device(
-    tiny_checkpoint: Path, offload: str, granularity: str
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    offload: str,
+    granularity: str,
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # converted weights go to the current folder
     plan = offloading_plan(tiny_checkpoint, offload, granularity)
     residency = make_residency(plan)
     for phase in ("encode", "train", "sample", "train"):
