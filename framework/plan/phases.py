@@ -10,12 +10,9 @@ step in the steady state), sample (pictures amid training, or generation), save 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import prod
 from typing import NamedTuple
 
 from framework.plan.types import (
-    BYTES_PER_ELEMENT,
-    SOURCE_BYTES,
     ComponentPlan,
     MemoryParts,
     Phase,
@@ -229,11 +226,7 @@ def _load(entry: _Entry, device: str) -> PhasePlan:
 
 def _largest_source_bytes(part: ComponentPlan) -> int:
     return max(
-        (
-            tensor.numel * SOURCE_BYTES.get(tensor.source_dtype, 4)
-            for group in part.groups
-            for tensor in group.tensors
-        ),
+        (tensor.source_bytes for group in part.groups for tensor in group.tensors),
         default=0,
     )
 
@@ -275,9 +268,6 @@ def _save(
 def _largest_trained_bytes(part: ComponentPlan) -> int:
     """Largest tensor of a component that trains in full; it is written in the format that it was published in."""
     sizes = [
-        prod(tensor.shape) * SOURCE_BYTES.get(tensor.source_dtype, BYTES_PER_ELEMENT["fp32"])
-        for group in part.groups
-        if group.trains
-        for tensor in group.tensors
+        tensor.source_bytes for group in part.groups if group.trains for tensor in group.tensors
     ]
     return max(sizes, default=0)

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from framework.errors import ConfigError, Fault
+from framework.plan.phases import peak_phases
 from framework.plan.types import ComponentPlan, TensorGroup, VramPlan
 
 _PLACES = {"none": "", "host": " on host", "disk": " on disk"}
@@ -66,6 +67,7 @@ def plan_json(plan: VramPlan) -> str:
 
 def plan_summary(plan: VramPlan) -> dict[str, Any]:
     """The content of `plan_json`: bytes are whole numbers, names those of the configuration."""
+    on_device, on_host = peak_phases(plan)
     return {
         "purpose": plan.purpose,
         "family": plan.family,
@@ -87,10 +89,7 @@ def plan_summary(plan: VramPlan) -> dict[str, Any]:
             }
             for phase in plan.phases
         },
-        "peak": {
-            "device_bytes": max((phase.device_bytes for phase in plan.phases), default=0),
-            "host_bytes": max((phase.host_bytes for phase in plan.phases), default=0),
-        },
+        "peak": {"device_bytes": on_device.device_bytes, "host_bytes": on_host.host_bytes},
     }
 
 

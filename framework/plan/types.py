@@ -10,6 +10,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, computed_field
 
+from framework.inventory import ELEMENT_BITS
+
 Purpose = Literal["train", "infer"]
 Phase = Literal["load", "encode", "train", "sample", "save"]
 Place = Literal["device", "host", "disk"]
@@ -21,8 +23,13 @@ Granularity = Literal["model", "block", "layer"]
 
 BLOCK_SHAPE = (128, 128)
 """Rows and columns that share a scale with `scaling: block`, as in DeepSeek-V3 (arXiv:2412.19437)."""
-SOURCE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
-"""Bytes per element of the safetensors formats that weights are published in."""
+SAFETENSORS_NAMES: dict[StorageDtype, str] = {
+    "fp8_e4m3": "F8_E4M3",
+    "bf16": "BF16",
+    "fp16": "F16",
+    "fp32": "F32",
+}
+"""What safetensors files call the formats in which weights rest."""
 BYTES_PER_ELEMENT: dict[StorageDtype, int] = {"fp8_e4m3": 1, "bf16": 2, "fp16": 2, "fp32": 4}
 
 
@@ -85,6 +92,11 @@ class TensorPlan(Frozen):
     def numel(self) -> int:
         """Number of elements."""
         return prod(self.shape)
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes in the file."""
+        return self.numel * ELEMENT_BITS[self.source_dtype] // 8
 
     @property
     def layer(self) -> str:
@@ -205,11 +217,7 @@ class ComponentPlan(Frozen):
     @property
     def source_bytes(self) -> int:
         """Bytes of its tensors in the files."""
-        return sum(
-            tensor.numel * SOURCE_BYTES[tensor.source_dtype]
-            for group in self.groups
-            for tensor in group.tensors
-        )
+        return sum(tensor.source_bytes for group in self.groups for tensor in group.tensors)
 
     @computed_field  # type: ignore[prop-decorator]
     @property

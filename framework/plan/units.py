@@ -11,6 +11,7 @@ from math import prod
 
 from framework.plan.types import (
     BYTES_PER_ELEMENT,
+    SAFETENSORS_NAMES,
     ComponentPlan,
     Frozen,
     Granularity,
@@ -23,7 +24,6 @@ from framework.plan.types import (
 
 # Every tensor in a parcel begins at a multiple of this, which serves all number formats and CUDA's widest loads.
 ALIGNMENT_BYTES = 256
-_SAFETENSORS_NAMES = {"fp8_e4m3": "F8_E4M3", "bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 _BLOCK = re.compile(r"(.*?\.\d+)\.")
 
 
@@ -88,7 +88,7 @@ def bytes_at(part: ComponentPlan, place: Place) -> int:
 def rests_as_published(part: ComponentPlan) -> bool:
     """Whether the files hold the weights in the form in which they rest, so that nothing need be converted."""
     return all(
-        tensor.source_dtype == _SAFETENSORS_NAMES[group.states.offload.storage_dtype]
+        tensor.source_dtype == SAFETENSORS_NAMES[group.states.offload.storage_dtype]
         and _has_scale(group, tensor)
         for group in part.groups
         for tensor in group.tensors

@@ -26,8 +26,8 @@ from framework.errors import SourceError
 from framework.hub import fetch_place
 from framework.inventory import ELEMENT_BITS, read_file_header
 from framework.plan.types import (
+    SAFETENSORS_NAMES,
     ComponentPlan,
-    StorageDtype,
     StoredScale,
     TensorGroup,
     TensorPlan,
@@ -38,12 +38,6 @@ from framework.runtime.sources import TensorSource, match_files, read_resting
 
 # Raise it when the same sources and settings give other bytes.
 _VERSION = 1
-_SAFETENSORS_DTYPES: dict[StorageDtype, str] = {
-    "fp8_e4m3": "F8_E4M3",
-    "bf16": "BF16",
-    "fp16": "F16",
-    "fp32": "F32",
-}
 _log = logging.getLogger(__name__)
 
 
@@ -126,7 +120,7 @@ def _layout(part: ComponentPlan) -> dict[str, _Entry]:
 
 
 def _entries(group: TensorGroup, tensor: TensorPlan) -> Iterable[_Entry]:
-    dtype = _SAFETENSORS_DTYPES[group.states.offload.storage_dtype]
+    dtype = SAFETENSORS_NAMES[group.states.offload.storage_dtype]
     yield _Entry(tensor.source_key, dtype, tensor.shape)
     shape = scale_shape(tensor.shape, group.scaling, group.block_shape)
     if shape is not None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from framework.errors import SourceError
 from framework.inventory import StoredTensor
+from framework.storage.reading import read_into
 
 PART_BYTES = 2 * 2**20
 """Parts of this size stay in the processor's cache until they are used."""
@@ -128,11 +129,7 @@ class _Files:
         try:
             path, file = self._take(tensor.file)
             try:
-                file.seek(part.start)
-                done = 0
-                # One system call may give less than was asked for.
-                while done < len(window) and (count := file.readinto(window[done:])):
-                    done += count
+                done = read_into(file, part.start, window)
             finally:
                 self._open.append((path, file))
         except OSError as error:

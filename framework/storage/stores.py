@@ -6,11 +6,10 @@ number of times. Nothing is ever copied back: frozen weights don't change.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import FileIO
 from math import prod
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from framework.errors import SourceError
 from framework.storage.pinned import pin_
+from framework.storage.reading import read_into
 from framework.storage.weights import StoredWeight
 
 # Read into one go; larger parcels are staged in parts of this size on their way from a file to a GPU.
@@ -177,17 +177,9 @@ def _joined(ranges: Sequence[FileRange]) -> tuple[FileRange, ...]:
 
 
 def _read(part: FileRange, target: Tensor) -> None:
-    """Fill host memory from a file. Not a memory map, whose pages would count as the process's own."""
-    window = target.numpy().data
-    done = 0
     try:
-        with Path(part.path).open("rb", buffering=0) as file:
-            file.seek(part.start, os.SEEK_SET)
-            while done < part.num_bytes:
-                count = file.readinto(window[done:])
-                if not count:
-                    break
-                done += count
+        with FileIO(part.path) as file:
+            done = read_into(file, part.start, target.numpy().data)
     except OSError as error:
         raise SourceError(
             "a weight file that is read while the model runs can't be read",

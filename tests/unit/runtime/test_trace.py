@@ -11,18 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from framework.plan.optimizer_state import optimizer_step_bytes
 from framework.runtime.trace import ACTIVATIONS, MeasuredBytes
+from framework.training.optimizers import _TORCH_CLASSES
 
 MIB = 2**20
-CLASSES: dict[Any, tuple[str, dict[str, Any]]] = {
-    "adamw": ("AdamW", {}),
-    "adam": ("Adam", {}),
-    "nadam": ("NAdam", {"decoupled_weight_decay": True}),
-    "radam": ("RAdam", {"decoupled_weight_decay": True}),
-    "adafactor": ("Adafactor", {}),
-    "sgd": ("SGD", {"momentum": 0.9}),
-    "rmsprop": ("RMSprop", {}),
-    "adagrad": ("Adagrad", {}),
-}
 
 
 def bytes_tensor(count: int) -> torch.Tensor:
@@ -100,13 +91,13 @@ def test_fake_tensors_take_what_real_ones_take() -> None:
 
 
 @pytest.mark.parametrize("at_once", [False, True])
-@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("name", _TORCH_CLASSES)
 def test_what_an_optimizer_holds_while_it_steps(name: Any, at_once: bool) -> None:
     shapes = [(100, 50)] * 5 + [(40, 50)]
     parameters = [nn.Parameter(torch.ones(shape)) for shape in shapes]
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
-    class_name, fixed = CLASSES[name]
+    class_name, fixed = _TORCH_CLASSES[name]
     build = getattr(torch.optim, class_name)
     optimizer = build(parameters, lr=1e-3, weight_decay=0.01, foreach=at_once, **fixed)
     optimizer.step()
