@@ -264,7 +264,9 @@ def _hint_for_value(
 
 def _hint_for_text(slot: Slot, kinds: set[str], found: object, path: str) -> str:
     if "string_type" in kinds and isinstance(found, int | float):
-        text = yaml_text(found)
+        text, pattern = yaml_text(found), slot.pattern
+        if pattern is not None and not re.search(pattern, text):
+            return f"Write e.g. {path}={example_value(slot)}."
         return f'To give it as a text, quote it: in YAML "{text}", on the command line \'{path}="{text}"\'.'
     if kinds & set(_LENGTH):
         return f"Give a text, e.g. {path}={example_value(slot)}."
@@ -335,7 +337,7 @@ def _nearest_values(path: str, found: object, slot: Slot) -> tuple[str, ...]:
 
 def _cleaned_text(found: object, slot: Slot) -> tuple[str, ...]:
     """A text that breaks a pattern, with what isn't allowed in a name taken out, if it is right then."""
-    pattern = next((p for p in (getattr(x, "pattern", None) for x in slot.limits) if p), None)
+    pattern = slot.pattern
     if pattern is None or not isinstance(found, str):
         return ()
     cleaned = re.sub(r"[^A-Za-z0-9._-]+", "-", found).strip("-._")

@@ -62,6 +62,11 @@ class Slot:
         )
 
     @property
+    def pattern(self) -> str | None:
+        """The regular expression that a text here must match, if there is one."""
+        return next((p for p in (getattr(limit, "pattern", None) for limit in self.limits) if p), None)
+
+    @property
     def list_length(self) -> int | None:
         """How many elements the list must have; None where it isn't fixed, or there is no list."""
         for member in self.members:
