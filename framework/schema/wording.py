@@ -64,7 +64,9 @@ class Slot:
     @property
     def pattern(self) -> str | None:
         """The regular expression that a text here must match, if there is one."""
-        return next((p for p in (getattr(limit, "pattern", None) for limit in self.limits) if p), None)
+        return next(
+            (p for p in (getattr(limit, "pattern", None) for limit in self.limits) if p), None
+        )
 
     @property
     def list_length(self) -> int | None:
