@@ -12,7 +12,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from framework.storage.fp8 import decode_e4m3, dequantise, encode_e4m3, has_nan_codes
+from framework.storage.fp8 import (
+    Subnormals,
+    decode_e4m3,
+    dequantise,
+    encode_e4m3,
+    has_nan_codes,
+)
 
 SIZE = 4096
 ROUNDS = 15
@@ -44,6 +50,8 @@ def main() -> None:
     weight = (0.02 * torch.randn(SIZE, SIZE)).bfloat16()
     codes, scale = encode_e4m3(weight)
     block_codes, block_scale = encode_e4m3(weight, "block")
+    known = Subnormals.find(codes)
+    assert known is not None
     reused = torch.empty_like(weight)
     ways: dict[str, Callable[[], object]] = {
         "encode, row scales": lambda: encode_e4m3(weight, "row"),
@@ -53,6 +61,10 @@ def main() -> None:
         "decode to bf16": lambda: decode_e4m3(codes, torch.bfloat16),
         "the same, reused memory": lambda: decode_e4m3(codes, torch.bfloat16, out=reused),
         "the same, denormals flushed": lambda: decode_flushed(codes, reused),
+        "the same, subnormals known": lambda: decode_e4m3(
+            codes, torch.bfloat16, out=reused, subnormals=known
+        ),
+        "look for subnormals": lambda: Subnormals.find(codes),
         "decode to float32": lambda: decode_e4m3(codes, torch.float32),
         "dequantise, row scales": lambda: dequantise(codes, scale, torch.bfloat16, out=reused),
         "dequantise, blocks": lambda: dequantise(

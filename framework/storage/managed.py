@@ -20,9 +20,10 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from framework.plan.types import BLOCK_SHAPE, Scaling, scale_shape
-from framework.storage.fp8 import encode_e4m3
+from framework.storage.fp8 import Subnormals, encode_e4m3
 from framework.storage.products import ManagedConvolution, ManagedProduct
 from framework.storage.weights import OffloadedSource, StoredWeight, WeightSource
 
@@ -58,6 +59,8 @@ class ManagedWeight(nn.Module):
     weight_shape: torch.Size
     weight_dtype: torch.dtype
     offloaded: OffloadedSource | None
+    _subnormals: Subnormals | None
+    _searched: tuple[int, int] | None
 
     @property
     def source(self) -> WeightSource:
@@ -65,7 +68,21 @@ class ManagedWeight(nn.Module):
         if self.offloaded is not None:
             return self.offloaded
         assert self.codes is not None
-        return StoredWeight(self.codes, self.dequant_scale, self.block_shape)
+        return StoredWeight(
+            self.codes, self.dequant_scale, self.block_shape, self._known_subnormals(self.codes)
+        )
+
+    def _known_subnormals(self, codes: Tensor) -> Subnormals | None:
+        """Of the codes on the CPU; searched for when they are first used and after each change."""
+        if codes.device.type != "cpu" or isinstance(codes, FakeTensor) or codes.is_inference():
+            return None
+        state = (codes.data_ptr(), codes._version)
+        if self._searched != state:
+            # Tensors made under inference mode would be of no use in training afterwards.
+            with torch.inference_mode(mode=False):
+                self._subnormals = Subnormals.find(codes)
+            self._searched = state
+        return self._subnormals
 
     @property
     def weight(self) -> Tensor:
@@ -94,6 +111,7 @@ class ManagedWeight(nn.Module):
             raise ValueError(f"codes must be uint8, not {codes.dtype}")
         self.codes = codes
         self.dequant_scale = dequant_scale
+        self._searched = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         before = {name: self._buffers.get(name) for name in ("codes", "dequant_scale")}
@@ -102,6 +120,7 @@ class ManagedWeight(nn.Module):
             new = self._buffers.get(name)
             if old is not None and new is not None and new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)
+        self._searched = None
         # What the call does to a floating-point weight of this layer is seen on an empty one.
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
         return self
@@ -244,6 +263,7 @@ def _become_(
     module.weight_shape = weight.shape
     module.weight_dtype = weight_dtype or weight.dtype
     module.offloaded = None
+    module._subnormals = module._searched = None
     return module
 
 

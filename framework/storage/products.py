@@ -198,7 +198,12 @@ def _prepare(source: WeightSource, dtype: torch.dtype) -> tuple[Tensor, Tensor |
         return stored.decoded(dtype), None
     if scale is not None and scale.ndim == 2:
         return stored.decoded(dtype, out=scratch_like(stored.values, dtype)), None
-    weight = decode_e4m3(stored.values, dtype, out=scratch_like(stored.values, dtype))
+    weight = decode_e4m3(
+        stored.values,
+        dtype,
+        out=scratch_like(stored.values, dtype),
+        subnormals=stored.subnormals,
+    )
     if scale is not None and dtype == torch.float16:
         return weight.mul_(1 / _FP16_FACTOR), scale * _FP16_FACTOR
     if scale is not None and dtype == torch.float64:

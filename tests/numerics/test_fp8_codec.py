@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from framework.storage.fp8 import (
     E4M3_MAX,
+    Subnormals,
     _look_up,
     decode_e4m3,
     dequantise,
@@ -181,6 +182,31 @@ def test_only_float_tensors_with_rows_are_encoded() -> None:
         encode_e4m3(torch.ones(3, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="can't store"):
         encode_e4m3(torch.tensor(1.0))
+
+
+def test_decoding_with_known_subnormals_gives_the_same_bits(flush: bool) -> None:
+    """All finite codes, among so many others that the subnormals are few enough to be kept."""
+    usual = torch.full((65536,), 0x38, dtype=torch.uint8)
+    codes = torch.cat([usual, FINITE_CODES, usual]).view(-1, 2)
+    found = Subnormals.find(codes)
+    assert found is not None
+    assert sorted(codes.view(-1)[found.places].tolist()) == sorted(
+        code for code in codes.view(-1).tolist() if code & 0x78 == 0
+    )
+    out = torch.empty(codes.shape, dtype=torch.bfloat16)
+    decode_e4m3(codes, torch.bfloat16, out=out, subnormals=found)
+    cast = codes.view(torch.float8_e4m3fn).to(torch.bfloat16)
+    assert torch.equal(out.view(torch.int16), cast.view(torch.int16))
+    for dtype in DTYPES:
+        assert torch.equal(
+            decode_e4m3(codes, dtype, subnormals=found),
+            codes.view(torch.float8_e4m3fn).to(dtype),
+        )
+
+
+def test_many_subnormals_are_not_kept() -> None:
+    """A list of them would take more memory than the codes; they are decoded the other way."""
+    assert Subnormals.find(torch.zeros(64, 64, dtype=torch.uint8)) is None
 
 
 @pytest.mark.parametrize("scaling", ["row", "tensor", "none", "block"])

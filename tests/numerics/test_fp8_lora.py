@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -184,12 +185,12 @@ def test_one_decoded_weight_is_alive(checkpointing: bool, monkeypatch: pytest.Mo
     decoded_count = 0
     original = products.decode_e4m3
 
-    def decode(codes: Tensor, dtype: torch.dtype, *, out: Tensor | None) -> Tensor:
+    def decode(codes: Tensor, dtype: torch.dtype, *, out: Tensor | None, **more: Any) -> Tensor:
         nonlocal decoded_count
         assert out is not None
         memory.add(out.untyped_storage().data_ptr())
         decoded_count += 1
-        return original(codes, dtype, out=out)
+        return original(codes, dtype, out=out, **more)
 
     monkeypatch.setattr(products, "decode_e4m3", decode)
     model = make_model(precision="fp8", checkpointing=checkpointing)

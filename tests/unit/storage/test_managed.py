@@ -187,3 +187,31 @@ def test_calling_the_class_of_a_managed_convolution_makes_a_plain_one(plain) -> 
     assert type(adapter) is plain
     assert adapter.weight.requires_grad
     assert type(copy.deepcopy(layer)) is type(layer)
+
+
+def _load_(layer: nn.Module, codes: torch.Tensor) -> None:
+    state = layer.state_dict()
+    layer.load_state_dict({**state, "codes": codes})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer, codes: layer.store_(codes, layer.dequant_scale),
+        lambda layer, codes: layer.codes.copy_(codes),
+        _load_,
+    ],
+    ids=["stored", "written", "loaded"],
+)
+def test_subnormals_are_searched_for_anew_after_a_change(change) -> None:
+    """Their places are kept from call to call; old ones in new codes would be wrong numbers, silently."""
+    layer = convert_layer_(nn.Linear(128, 64, bias=False).bfloat16().requires_grad_(False))
+    layer.codes[0, 0] = 1
+    x = torch.eye(128, dtype=torch.bfloat16)
+    layer(x)
+    assert layer._subnormals is not None
+    codes = layer.codes.clone()
+    codes[0, 0], codes[5, 7] = 0x38, 3
+    change(layer, codes)
+    expected = codes.view(torch.float8_e4m3fn).float() * layer.dequant_scale[:, None]
+    assert torch.equal(layer(x), expected.T.bfloat16())
