@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from framework.models import Family, TextConditioning, get_family
+from framework.models import Family, get_family
 from framework.plan.table import format_bytes
 from framework.plan.types import VramPlan
 from framework.runtime.devices import COMPUTE_DTYPES, resolve_device
@@ -172,10 +173,10 @@ def train_step(
     noise = torch.randn_like(latents)
     sigma = torch.full((size,), 0.5, device=device)
     dtype = COMPUTE_DTYPES[plan.compute_dtype]
-    embeds = torch.randn(size, used.text_tokens, family.text_width(dit), device=device, dtype=dtype)
-    mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=device)
+    blank = family.blank_text(used.text_tokens, dit, batch_size=size, device=device)
     with torch.autocast(device.type, dtype=dtype, cache_enabled=False):
-        text = TextConditioning(embeds, mask, padded=size > 1)
+        text = replace(blank.to(dtype=dtype), padded=size > 1)
+        del blank
         velocity = family.predict(0.5 * (latents + noise), sigma, text, dit)
         loss = (velocity - (noise - latents)).square().mean()
     optimizer.zero_grad()

@@ -12,13 +12,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from framework.plan.types import BLOCK_SHAPE
 from framework.storage.fp8 import (
-    Subnormals,
     decode_e4m3,
     dequantise,
     encode_e4m3,
     has_nan_codes,
 )
+from framework.storage.prepared import Prepared
 
 SIZE = 4096
 ROUNDS = 15
@@ -50,8 +51,10 @@ def main() -> None:
     weight = (0.02 * torch.randn(SIZE, SIZE)).bfloat16()
     codes, scale = encode_e4m3(weight)
     block_codes, block_scale = encode_e4m3(weight, "block")
-    known = Subnormals.find(codes)
+    known = Prepared.find(codes, scale)
+    known_blocks = Prepared.find(block_codes, block_scale, BLOCK_SHAPE)
     assert known is not None
+    assert known_blocks is not None
     reused = torch.empty_like(weight)
     ways: dict[str, Callable[[], object]] = {
         "encode, row scales": lambda: encode_e4m3(weight, "row"),
@@ -61,10 +64,9 @@ def main() -> None:
         "decode to bf16": lambda: decode_e4m3(codes, torch.bfloat16),
         "the same, reused memory": lambda: decode_e4m3(codes, torch.bfloat16, out=reused),
         "the same, denormals flushed": lambda: decode_flushed(codes, reused),
-        "the same, subnormals known": lambda: decode_e4m3(
-            codes, torch.bfloat16, out=reused, subnormals=known
-        ),
-        "look for subnormals": lambda: Subnormals.find(codes),
+        "prepare": lambda: Prepared.find(codes, scale),
+        "prepared, row scales": lambda: known.decode(codes, reused),
+        "prepared, blocks": lambda: known_blocks.decode(block_codes, reused),
         "decode to float32": lambda: decode_e4m3(codes, torch.float32),
         "dequantise, row scales": lambda: dequantise(codes, scale, torch.bfloat16, out=reused),
         "dequantise, blocks": lambda: dequantise(

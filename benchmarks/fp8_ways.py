@@ -22,7 +22,7 @@ from framework.plan.build import build_plan
 from framework.plan.types import LoraLayer, LoraPlan, VramPlan
 from framework.runtime.adapters import attach_lora_, is_adapter_name
 from framework.runtime.load import load_component
-from framework.schema import QwenImageConfig
+from framework.schema import ModelConfig
 
 LORA_TARGETS = (
     "to_q",
@@ -68,7 +68,7 @@ def octavo_plan(folder: Path, **dit: Any) -> VramPlan:
         "lora": {"rank": RANK, "alpha": RANK},
         **dit,
     }
-    model = QwenImageConfig.model_validate(
+    model = ModelConfig.model_validate(
         {"family": "qwen_image", "source": str(folder), "dit": settings}
     )
     return build_plan(

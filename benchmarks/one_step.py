@@ -147,7 +147,7 @@ def load(settings: dict[str, Any], device: Any) -> tuple[Any, Any, int]:
     from framework.plan.build import build_plan
     from framework.plan.units import component_units
     from framework.runtime.load import load_component
-    from framework.schema import QwenImageConfig
+    from framework.schema import ModelConfig
     from framework.storage.fetching import Fetcher
 
     class WatchedFetcher(Fetcher):
@@ -171,7 +171,7 @@ def load(settings: dict[str, Any], device: Any) -> tuple[Any, Any, int]:
     if settings["offload"] == "disk":
         values["converted_dir"] = str(source / "converted")
     plan = build_plan(
-        QwenImageConfig.model_validate(values),
+        ModelConfig.model_validate(values),
         purpose="train",
         phases=("train",),
         resident={"train": ("dit",)},

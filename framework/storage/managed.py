@@ -23,11 +23,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from framework.plan.types import BLOCK_SHAPE, Scaling, scale_shape
-from framework.storage.fp8 import Subnormals, encode_e4m3
+from framework.storage.fp8 import encode_e4m3
+from framework.storage.prepared import Prepared
 from framework.storage.products import ManagedConvolution, ManagedProduct
 from framework.storage.weights import OffloadedSource, StoredWeight, WeightSource
 
-_only_described: ContextVar[bool] = ContextVar("only_described", default=False)
+_StandIns = dict[tuple[torch.Size, torch.dtype, torch.device], Tensor]
+
+_described: ContextVar[_StandIns | None] = ContextVar("described", default=None)
 
 
 @contextmanager
@@ -36,11 +39,11 @@ def described_weights() -> Iterator[None]:
 
     For code that asks many times and looks at no value: attaching a LoRA by peft would decode each layer 20 times.
     """
-    token = _only_described.set(True)
+    token = _described.set({})
     try:
         yield
     finally:
-        _only_described.reset(token)
+        _described.reset(token)
 
 
 class ManagedWeight(nn.Module):
@@ -59,8 +62,8 @@ class ManagedWeight(nn.Module):
     weight_shape: torch.Size
     weight_dtype: torch.dtype
     offloaded: OffloadedSource | None
-    _subnormals: Subnormals | None
-    _searched: tuple[int, int] | None
+    _prepared: Prepared | None
+    _prepared_for: tuple[tuple[int, int], ...] | None
 
     @property
     def source(self) -> WeightSource:
@@ -68,21 +71,23 @@ class ManagedWeight(nn.Module):
         if self.offloaded is not None:
             return self.offloaded
         assert self.codes is not None
-        return StoredWeight(
-            self.codes, self.dequant_scale, self.block_shape, self._known_subnormals(self.codes)
-        )
+        codes, scale = self.codes, self.dequant_scale
+        return StoredWeight(codes, scale, self.block_shape, self._prepare(codes, scale))
 
-    def _known_subnormals(self, codes: Tensor) -> Subnormals | None:
-        """Of the codes on the CPU; searched for when they are first used and after each change."""
-        if codes.device.type != "cpu" or isinstance(codes, FakeTensor) or codes.is_inference():
+    def _prepare(self, codes: Tensor, scale: Tensor | None) -> Prepared | None:
+        """What is known of a weight on the CPU; found out when it is first used, and after each change."""
+        stored = (codes,) if scale is None else (codes, scale)
+        if any(
+            t.device.type != "cpu" or isinstance(t, FakeTensor) or t.is_inference() for t in stored
+        ):
             return None
-        state = (codes.data_ptr(), codes._version)
-        if self._searched != state:
+        state = tuple((tensor.data_ptr(), tensor._version) for tensor in stored)
+        if self._prepared_for != state:
             # Tensors made under inference mode would be of no use in training afterwards.
             with torch.inference_mode(mode=False):
-                self._subnormals = Subnormals.find(codes)
-            self._searched = state
-        return self._subnormals
+                self._prepared = Prepared.find(codes, scale, self.block_shape)
+            self._prepared_for = state
+        return self._prepared
 
     @property
     def weight(self) -> Tensor:
@@ -91,12 +96,15 @@ class ManagedWeight(nn.Module):
         Read-only: writing into it changes nothing, and assigning to it is refused.
         Inside `described_weights` it is a stand-in.
         """
-        if _only_described.get():
+        stand_ins = _described.get()
+        if stand_ins is not None:
             resting = self.codes if self.offloaded is None else self.offloaded
             assert resting is not None
-            device = resting.device
-            stand_in = torch.zeros((), dtype=self.weight_dtype, device=device)
-            return stand_in.expand(self.weight_shape)
+            key = (self.weight_shape, self.weight_dtype, resting.device)
+            if key not in stand_ins:
+                zero = torch.zeros((), dtype=self.weight_dtype, device=resting.device)
+                stand_ins[key] = zero.expand(self.weight_shape)
+            return stand_ins[key]
         with torch.no_grad():
             weight = self.source.fetch().decoded(self.weight_dtype)
             return weight if self.offloaded is None else weight.clone()
@@ -111,7 +119,7 @@ class ManagedWeight(nn.Module):
             raise ValueError(f"codes must be uint8, not {codes.dtype}")
         self.codes = codes
         self.dequant_scale = dequant_scale
-        self._searched = None
+        self._prepared_for = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         before = {name: self._buffers.get(name) for name in ("codes", "dequant_scale")}
@@ -120,7 +128,7 @@ class ManagedWeight(nn.Module):
             new = self._buffers.get(name)
             if old is not None and new is not None and new.dtype != old.dtype:
                 self._buffers[name] = old.to(new.device)
-        self._searched = None
+        self._prepared_for = None
         # What the call does to a floating-point weight of this layer is seen on an empty one.
         self.weight_dtype = fn(torch.empty(0, dtype=self.weight_dtype)).dtype
         return self
@@ -263,7 +271,7 @@ def _become_(
     module.weight_shape = weight.shape
     module.weight_dtype = weight_dtype or weight.dtype
     module.offloaded = None
-    module._subnormals = module._searched = None
+    module._prepared = module._prepared_for = None
     return module
 
 

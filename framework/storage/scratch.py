@@ -41,7 +41,7 @@ def scratch_like(
         _buffers.by_kind.pop(kind, None)
         # A tensor made under inference mode couldn't be written outside of it.
         with torch.inference_mode(False):
-            buffer = torch.empty(count, dtype=dtype)
+            buffer = torch.empty(count, dtype=dtype, device="cpu")
         _buffers.by_kind[kind] = buffer
     return buffer[:count].view(like.shape)
 

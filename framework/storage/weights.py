@@ -11,7 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from framework.storage.fp8 import Subnormals, dequantise
+from framework.storage.fp8 import dequantise
+from framework.storage.prepared import Prepared
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +22,13 @@ class StoredWeight:
     values: (O, ...) uint8 e4m3 codes, or numbers of a float format.   dequant_scale: float32, (O,), (1,) or
     (row blocks, column blocks); None for floats and for a plain cast.
     block_shape: rows and columns that share a scale, where the scale has two dimensions.
-    subnormals: of the codes, where they are known; they make decoding faster.
+    prepared: what makes decoding to bf16 faster, where it is known.
     """
 
     values: Tensor
     dequant_scale: Tensor | None = None
     block_shape: tuple[int, int] | None = None
-    subnormals: Subnormals | None = None
+    prepared: Prepared | None = None
 
     def fetch(self) -> StoredWeight:
         """Itself: it rests on the device."""

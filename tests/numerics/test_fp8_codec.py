@@ -10,13 +10,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from framework.storage.fp8 import (
     E4M3_MAX,
-    Subnormals,
     _look_up,
     decode_e4m3,
     dequantise,
     encode_e4m3,
+    folds,
     has_nan_codes,
 )
+from framework.storage.prepared import Prepared
 
 ALL_CODES = torch.arange(256, dtype=torch.uint8)
 FINITE_CODES = ALL_CODES[(ALL_CODES & 0x7F) != 0x7F]
@@ -39,6 +40,14 @@ def value_of(code: int) -> float:
     if exponent == 0:
         return sign * mantissa * 2.0**-9
     return sign * (1 + mantissa / 8) * 2.0 ** (exponent - 7)
+
+
+def least_power(largest: float) -> float:
+    """Smallest power of two by which a magnitude is at most 448, by search."""
+    exponent = -117
+    while largest / 2.0**exponent > E4M3_MAX:
+        exponent += 1
+    return 2.0**exponent
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -96,19 +105,20 @@ def test_error_bound_of_each_weight(scaling: str, std: float) -> None:
     assert bool((error <= bound).all())
 
 
-def test_relative_error_of_a_normal_weight_matrix() -> None:
-    """The figures of the project's measurements: .026 for both scales, .033 for a plain cast."""
+@pytest.mark.parametrize("std", [0.02, 0.013, 1e-3, 1.4e-3])
+def test_relative_error_of_a_normal_weight_matrix(std: float) -> None:
+    """At most .027 for both scales, .033 for a plain cast of weights that aren't small."""
     torch.manual_seed(0)
-    weight = 0.02 * torch.randn(512, 512, dtype=torch.float64)
+    weight = std * torch.randn(512, 512, dtype=torch.float64)
     errors = {}
     for scaling in ("row", "tensor", "none"):
         codes, scale = encode_e4m3(weight, scaling)
         errors[scaling] = float(
             (dequantise(codes, scale, torch.float64) - weight).norm() / weight.norm()
         )
-    assert errors["row"] == pytest.approx(0.026, abs=0.001)
-    assert errors["tensor"] == pytest.approx(0.026, abs=0.001)
-    assert errors["none"] == pytest.approx(0.033, abs=0.002)
+    assert 0.025 < errors["row"] < 0.027
+    assert 0.025 < errors["tensor"] < 0.027
+    assert errors["none"] > (0.03 if std > 0.01 else 0.4)
 
 
 def test_plain_cast_loses_small_weights_and_row_scales_do_not() -> None:
@@ -132,11 +142,10 @@ def test_scale_shapes_and_direction(shape: tuple[int, ...]) -> None:
     assert row.shape == (6,)
     assert row.dtype == torch.float32
     largest = weight.reshape(6, -1).abs().amax(1)
-    torch.testing.assert_close(row, largest / E4M3_MAX)
+    assert row.tolist() == [least_power(float(x)) for x in largest]
     _, one = encode_e4m3(weight, "tensor")
     assert one is not None
-    assert one.shape == (1,)
-    torch.testing.assert_close(one[0], largest.max() / E4M3_MAX)
+    assert one.tolist() == [least_power(float(largest.max()))]
 
 
 @pytest.mark.parametrize("scaling", ["row", "tensor", "none"])
@@ -184,29 +193,73 @@ def test_only_float_tensors_with_rows_are_encoded() -> None:
         encode_e4m3(torch.tensor(1.0))
 
 
-def test_decoding_with_known_subnormals_gives_the_same_bits(flush: bool) -> None:
-    """All finite codes, among so many others that the subnormals are few enough to be kept."""
-    usual = torch.full((65536,), 0x38, dtype=torch.uint8)
-    codes = torch.cat([usual, FINITE_CODES, usual]).view(-1, 2)
-    found = Subnormals.find(codes)
+SCALES = {
+    "none": None,
+    "one": torch.tensor([2.0**-9]),
+    "rows": 2.0 ** torch.arange(-120.0, 8.0).clamp(min=-117),
+    "blocks": 2.0 ** torch.arange(-20.0, -4.0).reshape(4, 4),
+    "one of another program": torch.tensor([0.013]),
+    "rows of another program": torch.linspace(0.001, 0.1, 128),
+    "rows, one out of range": torch.cat([torch.full((127,), 2.0**-9), torch.tensor([2.0**8])]),
+}
+
+
+def mixed_codes() -> torch.Tensor:
+    """(128, 2048): all finite codes, each often in different rows, among so many others that few have no exponent."""
+    codes = torch.full((128, 2048), 0x38, dtype=torch.uint8)
+    codes.view(-1)[torch.arange(len(FINITE_CODES)) * 1031] = FINITE_CODES
+    return codes
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_decoding_what_is_prepared_gives_the_same_bits(name: str, flush: bool) -> None:
+    """Against torch's cast and a product in float64; without the scale where it isn't exact in bf16."""
+    codes, scale = mixed_codes(), SCALES[name]
+    block = (32, 512) if name == "blocks" else None
+    found = Prepared.find(codes, scale, block)
     assert found is not None
     assert sorted(codes.view(-1)[found.places].tolist()) == sorted(
         code for code in codes.view(-1).tolist() if code & 0x78 == 0
     )
-    out = torch.empty(codes.shape, dtype=torch.bfloat16)
-    decode_e4m3(codes, torch.bfloat16, out=out, subnormals=found)
-    cast = codes.view(torch.float8_e4m3fn).to(torch.bfloat16)
-    assert torch.equal(out.view(torch.int16), cast.view(torch.int16))
-    for dtype in DTYPES:
-        assert torch.equal(
-            decode_e4m3(codes, dtype, subnormals=found),
-            codes.view(torch.float8_e4m3fn).to(dtype),
-        )
+    assert found.is_scaled == (name in ("none", "one", "rows", "blocks"))
+    exact = codes.view(torch.float8_e4m3fn).double()
+    if scale is not None and found.is_scaled:
+        assert folds(scale, torch.bfloat16)
+        wide = scale.double()
+        wide = wide.repeat_interleave(32, 0).repeat_interleave(512, 1) if block else wide[:, None]
+        exact = exact * wide
+        for dtype in (torch.bfloat16, torch.float32):
+            decoded = dequantise(codes, scale, dtype, block)
+            assert torch.equal(
+                decoded.view(INTEGERS[dtype.itemsize]),
+                exact.to(dtype).view(INTEGERS[dtype.itemsize]),
+            )
+    out = torch.full(codes.shape, 7.0, dtype=torch.bfloat16)
+    assert found.decode(codes, out) is out
+    assert torch.equal(out.view(torch.int16), exact.bfloat16().view(torch.int16))
 
 
-def test_many_subnormals_are_not_kept() -> None:
-    """A list of them would take more memory than the codes; they are decoded the other way."""
-    assert Subnormals.find(torch.zeros(64, 64, dtype=torch.uint8)) is None
+def test_what_the_other_ways_decode_better_is_not_prepared() -> None:
+    """Many codes without an exponent would take more memory than the codes; blocks need scales that can be added."""
+    assert Prepared.find(torch.zeros(64, 64, dtype=torch.uint8), None) is None
+    codes = torch.full((64, 64), 0x38, dtype=torch.uint8)
+    assert Prepared.find(codes, torch.full((2, 2), 0.3), (32, 32)) is None
+    assert Prepared.find(codes, torch.ones(2, 2), (40, 40)) is None
+    assert Prepared.find(codes[:, :32], None) is None
+
+
+def test_own_scales_fold_and_others_do_not() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(8, 16) * torch.logspace(-30, 4, 8)[:, None]
+    for scaling in ("row", "tensor", "block"):
+        _, scale = encode_e4m3(weight, scaling, (4, 8) if scaling == "block" else None)
+        assert scale is not None
+        assert folds(scale, torch.bfloat16)
+        assert folds(scale, torch.float32)
+        assert not folds(scale, torch.float16)
+        assert not folds(scale * 1.5, torch.bfloat16)
+    for value in (0.0, -1.0, 2.0**8, 2.0**-118, float("inf"), float("nan")):
+        assert not folds(torch.tensor([1.0, value]), torch.bfloat16)
 
 
 @pytest.mark.parametrize("scaling", ["row", "tensor", "none", "block"])
@@ -217,7 +270,7 @@ def test_working_in_chunks_changes_nothing(scaling: str, monkeypatch: pytest.Mon
     whole, whole_scale = encode_e4m3(weight, scaling, block)
     decoded = decode_e4m3(whole, torch.bfloat16)
     weight_again = dequantise(whole, whole_scale, torch.float32, block)
-    monkeypatch.setattr("framework.storage.fp8._CHUNK_ELEMENTS", 25)
+    monkeypatch.setattr("framework.storage.grid._CHUNK_ELEMENTS", 25)
     parts, parts_scale = encode_e4m3(weight, scaling, block)
     assert torch.equal(whole, parts)
     if whole_scale is None:
@@ -255,7 +308,7 @@ def test_each_block_has_the_scale_of_its_largest_weight(
                 slice(row * block[0], (row + 1) * block[0]),
                 slice(column * block[1], (column + 1) * block[1]),
             )
-            one = matrix[part].abs().amax() / E4M3_MAX
+            one = least_power(float(matrix[part].abs().amax()))
             assert scale[row, column] == one
             fp8 = (matrix[part] / one).clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
             expected[part] = fp8.float() * one
@@ -266,7 +319,7 @@ def test_small_blocks_hold_outlying_columns_better_than_rows() -> None:
     """The reason for blocks: one large column no longer sets the scale of its whole row."""
     torch.manual_seed(0)
     weight = 0.02 * torch.randn(256, 1024)
-    weight[:, ::128] *= 3000
+    weight[:, ::128] *= 30_000
     small = torch.ones(1024, dtype=torch.bool)
     small[::128] = False
     errors = {}
@@ -321,7 +374,7 @@ def test_fake_tensors_pass_with_few_operations(
     device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A plan is traced on tensors that have sizes only: one chunk stands for all, and no value is asked for."""
-    monkeypatch.setattr("framework.storage.fp8._CHUNK_ELEMENTS", 64)
+    monkeypatch.setattr("framework.storage.grid._CHUNK_ELEMENTS", 64)
     with FakeTensorMode():
         codes = torch.empty(512, 64, dtype=torch.uint8, device=device)
         for scale, block in (

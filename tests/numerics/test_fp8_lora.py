@@ -183,16 +183,16 @@ def test_one_decoded_weight_is_alive(checkpointing: bool, monkeypatch: pytest.Mo
     scratch.release_scratch()
     memory: set[int] = set()
     decoded_count = 0
-    original = products.decode_e4m3
+    original = products._prepare
 
-    def decode(codes: Tensor, dtype: torch.dtype, *, out: Tensor | None, **more: Any) -> Tensor:
+    def prepare(source: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         nonlocal decoded_count
-        assert out is not None
-        memory.add(out.untyped_storage().data_ptr())
+        weight, scale = original(source, dtype)
+        memory.add(weight.untyped_storage().data_ptr())
         decoded_count += 1
-        return original(codes, dtype, out=out, **more)
+        return weight, scale
 
-    monkeypatch.setattr(products, "decode_e4m3", decode)
+    monkeypatch.setattr(products, "_prepare", prepare)
     model = make_model(precision="fp8", checkpointing=checkpointing)
     for _ in range(2):  # the first pass finds out how large the largest is
         memory.clear()

@@ -20,7 +20,7 @@ from framework.plan.build import build_plan
 from framework.plan.types import VramPlan
 from framework.plan.units import component_units
 from framework.runtime.load import load_component
-from framework.schema import QwenImageConfig
+from framework.schema import ModelConfig
 from framework.schema.validate import examine_values
 from framework.storage.fetching import Fetcher
 
@@ -32,7 +32,7 @@ OFFLOADS = [("host", g) for g in ("model", "block", "layer")] + [
 
 
 def plan_of(checkpoint: Path, component: str, folder: Path, **settings: Any) -> VramPlan:
-    model = QwenImageConfig.model_validate(
+    model = ModelConfig.model_validate(
         {
             "family": "qwen_image",
             "source": str(checkpoint),
@@ -274,6 +274,6 @@ def test_room_only_changes_how_much_is_copied(
 
 def test_wrong_words_are_refused() -> None:
     with pytest.raises(ValidationError):
-        QwenImageConfig.model_validate(
+        ModelConfig.model_validate(
             {"family": "qwen_image", "source": "x", "dit": {"offload": "cpu"}}
         )

@@ -203,15 +203,24 @@ def _load_(layer: nn.Module, codes: torch.Tensor) -> None:
     ],
     ids=["stored", "written", "loaded"],
 )
-def test_subnormals_are_searched_for_anew_after_a_change(change) -> None:
-    """Their places are kept from call to call; old ones in new codes would be wrong numbers, silently."""
+def test_a_weight_is_prepared_anew_after_a_change(change) -> None:
+    """What is known of codes is kept from call to call; of old ones it would give wrong numbers, silently."""
     layer = convert_layer_(nn.Linear(128, 64, bias=False).bfloat16().requires_grad_(False))
     layer.codes[0, 0] = 1
     x = torch.eye(128, dtype=torch.bfloat16)
     layer(x)
-    assert layer._subnormals is not None
+    assert layer._prepared is not None
     codes = layer.codes.clone()
     codes[0, 0], codes[5, 7] = 0x38, 3
     change(layer, codes)
     expected = codes.view(torch.float8_e4m3fn).float() * layer.dequant_scale[:, None]
     assert torch.equal(layer(x), expected.T.bfloat16())
+
+
+def test_a_changed_scale_is_seen() -> None:
+    layer = convert_layer_(nn.Linear(128, 64, bias=False).bfloat16().requires_grad_(False))
+    x = torch.eye(128, dtype=torch.bfloat16)
+    before = layer(x)
+    assert layer._prepared is not None
+    layer.dequant_scale.mul_(2)
+    assert torch.equal(layer(x), 2 * before)
