@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from framework.data.images import Size
+from framework.data.checks import CheckedSample
+from framework.data.media import PICTURES, Bucket, Media, Size
 from framework.errors import DataError
 
 # Widths of landscape buckets lie about 1/16 of the square's side apart (64 px at 1024): few enough
@@ -57,3 +58,17 @@ def assign_bucket(size: Size, buckets: Sequence[Size]) -> Size:
         )
 
     return min(buckets, key=cost)
+
+
+def bucket_of(sample: CheckedSample, *, buckets: Sequence[Size], media: Media = PICTURES) -> Bucket:
+    """What samples of a batch must share; see `framework.data.media`.
+
+    buckets: sizes from `make_buckets`. A clip that is shorter than `media.num_frames` takes the largest allowed number.
+    """
+    size = assign_bucket(sample.size, buckets)
+    if media.kind == "video":
+        return (*size, media.frames_for(sample.num_frames))
+    if media.num_controls == 0:
+        return size
+    sizes = media.control_sizes(sample.control_sizes)
+    return (*size, *(side for control in sizes for side in control))

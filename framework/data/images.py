@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from framework.data.samples import Sample, read_picture_bytes
+from framework.data.media import Size
+from framework.data.sample import Sample, read_picture_bytes
 from framework.errors import DataError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Size = tuple[int, int]  # width, height in pixels
 
 # Part of every cache key: raise it when a change here alters a single pixel.
 IMAGE_TRANSFORM_VERSION = 1
@@ -30,7 +29,7 @@ _ORIENTATION = 0x0112
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _MAX_16_BIT = 65535
 # Pillow's decoders answer damaged files with any of these.
-_DECODE_ERRORS = (
+DECODE_ERRORS = (
     OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError,
     EOFError, MemoryError, NotImplementedError, RuntimeError, struct.error, zlib.error,
     Image.DecompressionBombError, Image.DecompressionBombWarning,
@@ -55,7 +54,7 @@ def read_image_size(sample: Sample) -> Size:
     with _open(read_picture_bytes(sample), sample.name) as picture:
         try:
             turned = picture.getexif().get(_ORIENTATION) in _TURNED
-        except _DECODE_ERRORS as error:
+        except DECODE_ERRORS as error:
             raise _broken(sample.name, error) from error
         return (picture.height, picture.width) if turned else picture.size
 
@@ -74,8 +73,13 @@ def decode_image(data: bytes, *, name: str) -> Image.Image:
         try:
             picture.load()
             return _to_rgb(ImageOps.exif_transpose(picture))
-        except _DECODE_ERRORS as error:
+        except DECODE_ERRORS as error:
             raise _broken(name, error) from error
+
+
+def flatten_frame(frame: Image.Image) -> Image.Image:
+    """One loaded frame of an animation as RGB on white; see `decode_image`."""
+    return _to_rgb(frame)
 
 
 def build_pixels(picture: Image.Image, size: Size) -> Tensor:
@@ -91,13 +95,42 @@ def build_pixels(picture: Image.Image, size: Size) -> Tensor:
     return (pixels / 127.5 - 1.0).contiguous()
 
 
+def build_mask(mask: Image.Image, size: Size, *, picture_size: Size) -> Tensor:
+    """Scale and crop a mask exactly as `build_pixels` does its picture, which may have more or fewer pixels.
+
+    mask: any mode; its lightness counts.   size, picture_size: (width, height) in pixels.
+    Returns (1, H, W) float32 in [0, 1]: black becomes 0, white 1.
+    """
+    import torch
+
+    grey = mask.convert("L")
+    if grey.size != picture_size:
+        grey = grey.resize(picture_size, Image.Resampling.BILINEAR)
+    fitted = ImageOps.fit(grey, size, method=Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(fitted, dtype=np.float32))[None] / 255.0
+
+
+def picture_geometry(picture_size: Size, size: Size) -> tuple[int, int, int, int, int, int]:
+    """What `build_pixels` does to a picture, as SDXL is told (Podell et al. 2023, arXiv:2307.01952, section 2.2).
+
+    picture_size, size: (width, height) in pixels, of the picture and of the bucket.
+    Returns (original height, original width, crop top, crop left, target height, target width); the crop is counted in
+    pixels of the picture after scaling.
+    """
+    width, height = picture_size
+    scale = max(size[0] / width, size[1] / height)
+    top = round((height * scale - size[1]) / 2)
+    left = round((width * scale - size[0]) / 2)
+    return height, width, top, left, size[1], size[0]
+
+
 def _open(data: bytes, name: str) -> Image.Image:
     try:
         picture = Image.open(io.BytesIO(data))
     except UnidentifiedImageError as error:
         reason = "empty file" if not data else "no picture format that Pillow reads"
         raise DataError("the picture can't be read", where=name, found=reason) from error
-    except _DECODE_ERRORS as error:
+    except DECODE_ERRORS as error:
         raise _broken(name, error) from error
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and picture.width * picture.height > limit:

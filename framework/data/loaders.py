@@ -9,7 +9,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from framework.data.batches import BatchPlan, ItemRequest, MicroStepBatchSampler, ordered_batches
-from framework.data.dataset import TrainingDataset, collate
+from framework.data.collating import collate
+from framework.data.dataset import TrainingDataset
 from framework.errors import OctavoError
 
 

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from framework.data.listing import count_of, list_first
 from framework.errors import DataError
 
 # Row groups kept in memory per process; random access over more groups reads them anew. A guess that
@@ -26,12 +24,14 @@ _lock = threading.Lock()  # threads that need the same row group wait for one re
 class ParquetCell:
     """A picture inside a Parquet file.
 
-    row: from 0.   column: a binary column, or a struct with a field `bytes`.
+    row: from 0.   column: a binary column, a struct with a field `bytes`, or a list of such.
+    item: which of a list, from 0; None where the column holds single pictures.
     """
 
     file: Path
     row: int
     column: str
+    item: int | None = None
 
     def __str__(self) -> str:
         return f"{self.file}, row {self.row}"
@@ -42,34 +42,54 @@ def parquet_columns(file: Path) -> list[str]:
     return list(_open(file).schema_arrow.names)
 
 
-def read_parquet_rows(
-    file: Path, *, picture: str, caption: str
-) -> Iterator[tuple[int, Path | ParquetCell, str]]:
-    """Read (row, where the picture is, caption) for every row, in order.
+def read_parquet_values(file: Path, column: str) -> list[Any]:
+    """Read all values of a column, in order."""
+    values: list[Any] = _open(file).read(columns=[column], use_threads=False).column(0).to_pylist()
+    return values
 
+
+def read_parquet_pictures(file: Path, column: str, base: Path) -> list[list[Path | ParquetCell]]:
+    """Read where the pictures of each row are, in order: none, one, or as many as a list column holds.
+
+    base: folder that relative paths start at.
     Picture bytes are only read to tell whether there are any, a few rows at a time.
-    Raises DataError for columns of another type and, in one report, for rows that lack something.
+    Raises DataError for a column of another type.
     """
+    import pyarrow.types as kinds
+
     parquet = _open(file)
-    captions = parquet.read(columns=[caption], use_threads=False).column(0).to_pylist()
-    pictures = _pictures(parquet, file, picture)
-    faults: list[str] = []
-    rows: list[tuple[int, Path | ParquetCell, str]] = []
-    for row, (place, text) in enumerate(zip(pictures, captions, strict=True)):
-        if place is None:
-            faults.append(f"row {row}: no picture in {picture!r}")
-        elif not isinstance(text, str):
-            faults.append(f"row {row}: no caption in {caption!r}")
-        else:
-            rows.append((row, place, text.strip()))
-    if faults:
+    kind = parquet.schema_arrow.field(column).type
+    is_list = kinds.is_list(kind) or kinds.is_large_list(kind)
+    value_kind = kind.value_type if is_list or kinds.is_dictionary(kind) else kind
+    if kinds.is_string(value_kind) or kinds.is_large_string(value_kind):
+        values = read_parquet_values(file, column)
+        lists = [value or [] if is_list else [value] for value in values]
+        return [[base / path for path in paths if path] for paths in lists]
+    is_struct = kinds.is_struct(value_kind) and any(field.name == "bytes" for field in value_kind)
+    if not is_struct and not (kinds.is_binary(value_kind) or kinds.is_large_binary(value_kind)):
         raise DataError(
-            count_of(len(faults), "bad row"),
+            f"column {column!r} can't hold pictures",
             where=str(file),
-            found=list_first(faults, separator="; "),
-            hint="rows count from 0; correct or remove them",
+            found=f"type {kind}",
+            hint="accepted: paths (string), encoded pictures (binary), a struct {bytes, path}, or lists of them",
         )
-    yield from rows
+    found: list[list[Path | ParquetCell]] = []
+    for batch in parquet.iter_batches(batch_size=64, columns=[column], use_threads=False):
+        for value in batch.column(0).to_pylist():
+            row = len(found)
+            items = list(enumerate(value or [])) if is_list else [(None, value)]
+            places = [_place(file, row, column, item, value, base) for item, value in items]
+            found.append([place for place in places if place is not None])
+    return found
+
+
+def _place(
+    file: Path, row: int, column: str, item: int | None, value: Any, base: Path
+) -> Path | ParquetCell | None:
+    data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, "")
+    if data is not None:
+        return ParquetCell(file, row, column, item)
+    return base / path if path else None
 
 
 def read_cell(cell: ParquetCell) -> bytes:
@@ -82,7 +102,8 @@ def read_cell(cell: ParquetCell) -> bytes:
             value = _row_group(cell.file, stamp, group, cell.column)[
                 cell.row - starts[group]
             ].as_py()
-    except (OSError, IndexError, KeyError) as error:
+        value = value if cell.item is None else value[cell.item]
+    except (OSError, IndexError, KeyError, TypeError) as error:
         raise DataError("the picture can't be read", where=str(cell), found=str(error)) from error
     data = value.get("bytes") if isinstance(value, dict) else value
     if not isinstance(data, bytes):
@@ -113,38 +134,3 @@ def _row_group_starts(file: Path, _mtime_ns: int) -> list[int]:
 def _row_group(file: Path, _mtime_ns: int, group: int, column: str) -> Any:
     # No pyarrow threads: this also runs in worker processes made by fork.
     return _open(file).read_row_group(group, columns=[column], use_threads=False).column(0)
-
-
-def _pictures(parquet: Any, file: Path, column: str) -> Iterator[Path | ParquetCell | None]:
-    import pyarrow.types as kinds
-
-    kind = parquet.schema_arrow.field(column).type
-    if kinds.is_dictionary(kind):
-        kind = kind.value_type
-    if kinds.is_string(kind) or kinds.is_large_string(kind):
-        for path in parquet.read(columns=[column], use_threads=False).column(0).to_pylist():
-            yield file.parent / path if path else None
-        return
-    is_struct = kinds.is_struct(kind) and any(field.name == "bytes" for field in kind)
-    if not is_struct and not (kinds.is_binary(kind) or kinds.is_large_binary(kind)):
-        raise DataError(
-            f"column {column!r} can't hold pictures",
-            where=str(file),
-            found=f"type {kind}",
-            hint="accepted: paths (string), encoded pictures (binary), a struct {bytes, path}",
-        )
-    row = 0
-    for batch in parquet.iter_batches(batch_size=64, columns=[column], use_threads=False):
-        array = batch.column(0)
-        present = (array.field("bytes") if is_struct else array).is_valid().to_pylist()
-        has_path = is_struct and any(field.name == "path" for field in kind)
-        paths = array.field("path").to_pylist() if has_path else [None] * len(present)
-        for is_present, path in zip(present, paths, strict=True):
-            yield (
-                ParquetCell(file, row, column)
-                if is_present
-                else file.parent / path
-                if path
-                else None
-            )
-            row += 1

@@ -1,102 +1,169 @@
 """Which pictures and captions a data set holds, read without opening a picture.
 
-Understood are a folder of pictures with a `.txt` caption beside each, a folder with one metadata file
-(`metadata.csv`, `.jsonl` or `.parquet`), and such a file by itself. A metadata file wins over captions
-beside pictures.
+A source is a folder of pictures with captions beside them (`folders.py`), a metadata file or a folder with one
+(`tables.py`), WebDataset shards, or a data set of the hub (`archives.py`). A metadata file wins over captions beside
+pictures.
 """
 
 from __future__ import annotations
 
 import difflib
-import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from framework.data.archives import read_hub_samples, read_shards
+from framework.data.folders import read_folder
+from framework.data.found import Found
 from framework.data.listing import list_first
-from framework.data.parquet import ParquetCell, read_cell
-from framework.data.tables import Row, read_table
+from framework.data.media import PICTURES, Media
+from framework.data.places import PICTURE_SUFFIXES, exists
+from framework.data.sample import Sample
+from framework.data.tables import read_table
 from framework.errors import DataError
 from framework.schema import DataConfig
+from framework.schema.data_config import DataSource
+from framework.schema.data_paths import (
+    HUB_SCHEME,
+    SHARD_SUFFIX,
+    TABLE_SUFFIXES,
+    expand_pattern,
+)
 
-METADATA_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-TABLE_SUFFIXES = frozenset({".csv", ".jsonl", ".parquet"})
-
-# Formats that Pillow can't read (.heic, .heif, .jxl) stand here too: the check then names them instead
-# of passing them over.
-PICTURE_SUFFIXES = frozenset((
-    ".apng", ".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".jxl",
-    ".mpo", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".qoi", ".tga", ".tif", ".tiff", ".webp",
-))  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One picture and its caption, not read yet.
-
-    picture: a file, or a cell of a Parquet file.   caption: stripped; may be empty.
-    listed_in: "metadata.csv:3" where a metadata file names it, "" where a `.txt` lies beside it.
-    """
-
-    picture: Path | ParquetCell
-    caption: str
-    listed_in: str = ""
-
-    @property
-    def name(self) -> str:
-        """What the picture is called in messages."""
-        place = f" ({self.listed_in})" if self.listed_in and isinstance(self.picture, Path) else ""
-        return f"{self.picture}{place}"
+METADATA_NAMES = ("metadata.csv", "metadata.json", "metadata.jsonl", "metadata.parquet")
 
 
-def read_samples(config: DataConfig) -> list[Sample]:
-    """List the samples of `data.path`, in a fixed order: of the file, or sorted by path.
+def read_samples(config: DataConfig, media: Media = PICTURES) -> list[Sample]:
+    """List the samples of all sources, in a fixed order: of the source, of its file, or sorted by path.
 
+    media: whether clips, and control pictures, are wanted.
     Sub-folders are searched; files and folders whose names begin with a dot are passed over.
     Raises DataError, before any picture is opened, for: a path that doesn't exist, two metadata files,
-    wrong columns, bad lines, missing captions, an empty data set, and (unless `on_bad_sample` is
-    `skip`, where the check counts them) pictures that are listed but missing.
+    wrong columns, bad lines, missing captions, missing control pictures, an empty data set, and (unless
+    `on_bad_sample` is `skip`, where the check counts them) pictures that are listed but missing.
     """
-    path = Path(config.path).expanduser()
-    if not path.exists():
-        raise _unknown_path(path)
-    if path.is_dir():
-        tables = [path / name for name in METADATA_NAMES if (path / name).is_file()]
-        if len(tables) > 1:
-            raise DataError(
-                "more than one metadata file in the folder, which may disagree",
-                where=str(path),
-                found=", ".join(table.name for table in tables),
-                hint="remove all but one, or give one of them as data.path",
-            )
-        samples = _listed_samples(tables[0]) if tables else _captioned_pictures(path)
-    elif path.suffix.lower() in TABLE_SUFFIXES:
-        samples = _listed_samples(path)
-    else:
-        raise DataError(
-            "data.path is neither a folder nor a .csv, .jsonl or .parquet file",
-            where=str(path),
-            hint="give the folder that holds the pictures",
-        )
-    if config.on_bad_sample == "error":
-        _refuse_missing(samples, path)
+    samples: list[Sample] = []
+    for number, source in enumerate(config.all_sources):
+        found = find_samples(source, media, number=number)
+        if found.errors:
+            raise found.errors[0]
+        if config.on_bad_sample == "error":
+            _refuse_missing(found.samples, source.path)
+        samples += found.samples
     return samples
 
 
-def read_picture_bytes(sample: Sample) -> bytes:
-    """Read the encoded picture (PNG, JPEG, …) from disk. Raises DataError when it can't be read."""
-    if isinstance(sample.picture, ParquetCell):
-        return read_cell(sample.picture)
-    try:
-        return sample.picture.read_bytes()
-    except OSError as error:
+def find_samples(source: DataSource, media: Media = PICTURES, *, number: int = 0) -> Found:
+    """What one source holds, with what is wrong beside it.   number: position of the source, for `Sample.source`.
+
+    Raises DataError where nothing can be read at all.
+    """
+    found = _read(source, media)
+    samples = [replace(sample, source=number) if number else sample for sample in found.samples]
+    errors = (*found.errors, *_wrong_controls(samples, media, source.path))
+    return Found(samples, errors, found.num_uncaptioned)
+
+
+def resolve_repeats(samples: Sequence[Sample], config: DataConfig) -> int | tuple[float, ...]:
+    """How often each sample stands in an epoch, for `BatchPlan`: one number for all where they are alike.
+
+    samples: those that are trained on, after the check and the split.
+    Without weights it is `data.repeats` x the source's `repeats` x the sample's own (a folder `10_name`).
+    With weights, an epoch keeps that length, and source i has the share weight_i / (sum of weights) of it: the
+    repeats of its samples are all multiplied by (its share of the epoch by weight) / (its share by number). The
+    factor is a real number; `BatchPlan` says how it becomes whole occurrences.
+    """
+    sources = config.all_sources
+    repeats = [config.repeats * sources[s.source].repeats * s.repeats for s in samples]
+    weights = [source.weight for source in sources]
+    if any(weight is not None for weight in weights) and samples:
+        length = [0] * len(sources)
+        for sample, count in zip(samples, repeats, strict=True):
+            length[sample.source] += count
+        # A source of which nothing is left, e.g. after the check, leaves its share to the others.
+        shares = [
+            weight or 0.0 if size else 0.0 for weight, size in zip(weights, length, strict=True)
+        ]
+        factors = [
+            share / sum(shares) * sum(length) / size if size else 0.0
+            for share, size in zip(shares, length, strict=True)
+        ]
+        return tuple(
+            count * factors[sample.source] for sample, count in zip(samples, repeats, strict=True)
+        )
+    if len(set(repeats)) <= 1:
+        return repeats[0] if repeats else config.repeats
+    return tuple(float(count) for count in repeats)
+
+
+def _read(source: DataSource, media: Media) -> Found:
+    if source.path.startswith(HUB_SCHEME):
+        found = read_hub_samples(source.path, media)
+        if not found.samples and not found.errors:
+            raise DataError("the data set has no rows", where=source.path)
+        return found
+    base = Path(source.base_dir).expanduser() if source.base_dir is not None else None
+    path = Path(source.path).expanduser()
+    if shards := _shards(source.path, path):
+        found = read_shards(shards, media)
+        if not found.samples and not found.errors:
+            raise DataError(
+                "no pictures in the shards",
+                where=source.path,
+                found="no member that ends in .jpg, .png, .webp, …",
+            )
+        return found
+    if not path.exists():
+        raise _unknown_path(path)
+    if path.is_dir():
+        return _read_dir(path, media, base)
+    if path.suffix.lower() in TABLE_SUFFIXES:
+        return read_table(path, media, base_dir=base)
+    raise DataError(
+        "data.path is neither a folder nor a .csv, .json, .jsonl, .parquet or .tar file",
+        where=str(path),
+        hint="give the folder that holds the pictures",
+    )
+
+
+def _read_dir(path: Path, media: Media, base: Path | None) -> Found:
+    tables = [path / name for name in METADATA_NAMES if (path / name).is_file()]
+    if len(tables) > 1:
         raise DataError(
-            "the picture can't be read", where=sample.name, found=_reason(error)
-        ) from error
+            "more than one metadata file in the folder, which may disagree",
+            where=str(path),
+            found=", ".join(table.name for table in tables),
+            hint="remove all but one, or give one of them as data.path",
+        )
+    if tables:
+        return read_table(tables[0], media, base_dir=base)
+    found = read_folder(path, media)
+    if not found.samples and not found.errors:
+        raise _no_pictures(path)
+    return found
 
 
-def _reason(error: OSError) -> str:
-    return error.strerror or type(error).__name__
+def _shards(typed: str, path: Path) -> list[Path]:
+    """The tar archives that a path names: one, a brace pattern, or those of a folder without pictures or metadata."""
+    if path.is_dir():
+        files = [f for f in path.iterdir() if f.is_file() and not f.name.startswith(".")]
+        tars = sorted(f for f in files if f.suffix.lower() == SHARD_SUFFIX)
+        others = any(
+            f.name in METADATA_NAMES or f.suffix.lower() in PICTURE_SUFFIXES for f in files
+        )
+        return [] if others else tars
+    if path.suffix.lower() != SHARD_SUFFIX or path.exists():
+        return [path] if path.suffix.lower() == SHARD_SUFFIX else []
+    files = [Path(name).expanduser() for name in expand_pattern(typed)]
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing and files != [path]:
+        raise DataError(
+            f"{len(missing)} of {len(files)} shards do not exist",
+            where=typed,
+            found=list_first(missing),
+            hint="correct the numbers in braces, or fetch the shards that are missing",
+        )
+    return [] if missing else files
 
 
 def _unknown_path(path: Path) -> DataError:
@@ -115,76 +182,46 @@ def _unknown_path(path: Path) -> DataError:
     )
 
 
-def _listed_samples(table: Path) -> list[Sample]:
-    rows: Sequence[Row] = read_table(table)
-    if not rows:
-        raise DataError(
-            "the file lists no pictures", where=str(table), hint="add one row per picture"
-        )
-    return [Sample(row.picture, row.caption, row.listed_in) for row in rows]
+def _no_pictures(folder: Path) -> DataError:
+    tables = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in TABLE_SUFFIXES)
+    found = f"none of {', '.join(METADATA_NAMES)}, and no .png, .jpg, .webp, …"
+    hint = "give a folder of pictures with .txt captions, or a .csv, .json, .jsonl or .parquet file"
+    if tables:
+        found += f"; but {list_first(tables)}"
+        hint = f"give the file itself: data.path={folder / tables[0]}"
+    return DataError("no pictures in the folder", where=str(folder), found=found, hint=hint)
 
 
-def _refuse_missing(samples: Sequence[Sample], source: Path) -> None:
-    missing = [s for s in samples if isinstance(s.picture, Path) and not s.picture.is_file()]
+def _wrong_controls(samples: Sequence[Sample], media: Media, where: str) -> tuple[DataError, ...]:
+    if media.num_controls == 0:
+        return ()
+    wrong = [s for s in samples if not 1 <= len(s.controls) <= media.num_controls]
+    if not wrong:
+        return ()
+    wanted = "1" if media.num_controls == 1 else f"1 to {media.num_controls}"
+    named = [f"{sample.name}: {len(sample.controls)}" for sample in wrong]
+    error = DataError(
+        f"{len(wrong)} of {len(samples)} pictures don't have {wanted} control pictures, as this model needs",
+        where=where,
+        found=list_first(named, separator="; "),
+        hint="list them in a column edit_image (a path, or a JSON list of paths), or lay them beside"
+        " the pictures as NAME.control.png",
+    )
+    return (error,)
+
+
+def _refuse_missing(samples: Sequence[Sample], source: str) -> None:
+    missing: list[str] = []
+    for sample in samples:
+        place = next((place for place in sample.places if not exists(place)), None)
+        if place is not None:
+            picture = place == sample.picture
+            missing.append(sample.name if picture else f"{place} (for {sample.name})")
     if missing:
         raise DataError(
             f"{len(missing)} of {len(samples)} listed pictures do not exist",
-            where=str(source),
-            found=list_first([sample.name for sample in missing]),
+            where=source,
+            found=list_first(missing),
             hint="paths are relative to the file that lists them; correct them, or leave these rows out"
             " with data.on_bad_sample=skip",
         )
-
-
-def _captioned_pictures(folder: Path) -> list[Sample]:
-    pictures = sorted(
-        _walk_pictures(folder), key=lambda picture: picture.relative_to(folder).as_posix()
-    )
-    if not pictures:
-        tables = sorted(p.name for p in folder.iterdir() if p.suffix.lower() in TABLE_SUFFIXES)
-        found = f"none of {', '.join(METADATA_NAMES)}, and no .png, .jpg, .webp, …"
-        hint = "give a folder of pictures with .txt captions, or a .csv, .jsonl or .parquet file"
-        if tables:
-            found += f"; but {list_first(tables)}"
-            hint = f"give the file itself: data.path={folder / tables[0]}"
-        raise DataError("no pictures in the folder", where=str(folder), found=found, hint=hint)
-    missing = [picture for picture in pictures if not picture.with_suffix(".txt").is_file()]
-    if missing:
-        raise DataError(
-            f"{len(missing)} of {len(pictures)} pictures have no caption",
-            where=str(folder),
-            found="no " + list_first([str(picture.with_suffix(".txt")) for picture in missing]),
-            hint="write each caption to a .txt file of the same name, or list all in metadata.csv",
-        )
-    return [Sample(picture, _read_caption(picture.with_suffix(".txt"))) for picture in pictures]
-
-
-def _walk_pictures(folder: Path) -> Iterator[Path]:
-    seen: set[str] = set()  # links to folders are followed, circles are not
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        real = os.path.realpath(parent)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in files:
-            picture = Path(parent, name)
-            if not name.startswith(".") and picture.suffix.lower() in PICTURE_SUFFIXES:
-                yield picture
-
-
-def _read_caption(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig").strip()
-    except UnicodeDecodeError as error:
-        raise DataError(
-            "the caption is not UTF-8 text",
-            where=str(file),
-            found=str(error),
-            hint="save it as UTF-8",
-        ) from error
-    except OSError as error:
-        raise DataError(
-            "the caption can't be read", where=str(file), found=_reason(error)
-        ) from error

@@ -140,6 +140,64 @@ def test_sampler_resumes_exactly() -> None:
         assert list(islice(resumed, 40 - start)) == whole[start:]
 
 
+class TestUnevenRepeats:
+    BUCKETS = [SIZES[0]] * 7 + [SIZES[1]] * 3
+    REPEATS = (1.0, 10.0, 2.5, 0.25, 0.25, 1 / 3, 1.0, 2.0, 2.0, 2.0)
+
+    def plan(self, **options: int) -> BatchPlan:
+        options = {"batch_size": 3, "seed": 5, **options}
+        return BatchPlan(self.BUCKETS, repeats=self.REPEATS, **options)
+
+    def test_samples_are_never_far_from_their_share(self) -> None:
+        plan = self.plan()
+        seen: Counter[int] = Counter()
+        for epoch in range(60):
+            for step in range(plan.num_steps_before(epoch), plan.num_steps_before(epoch + 1)):
+                assert plan.epoch_of(step) == epoch
+                batch = plan.global_batch(step)
+                assert len({self.BUCKETS[index] for index in batch}) == 1
+                seen.update(batch)
+            for index, repeats in enumerate(self.REPEATS):
+                # Less than one by rounding, and what fills the bucket's last batch.
+                assert -1 < seen[index] - (epoch + 1) * repeats < 1 + plan.global_batch_size
+
+    def test_the_batch_is_a_pure_function_of_the_step(self) -> None:
+        steps = list(range(80))
+        forwards = self.plan()
+        expected = {step: forwards.global_batch(step) for step in steps}
+        random.Random(1).shuffle(steps)
+        jumping = self.plan()
+        assert {step: jumping.global_batch(step) for step in steps} == expected
+        shared = self.plan(batch_size=1, world_size=3)
+        assert all(shared.global_batch(step) == expected[step] for step in steps)
+        assert any(self.plan(seed=6).global_batch(step) != expected[step] for step in steps)
+
+    def test_rare_samples_take_turns(self) -> None:
+        plan = BatchPlan([SIZES[0]] * 8, batch_size=1, seed=0, repeats=[0.25] * 8)
+        for epoch in range(8):
+            steps = range(plan.num_steps_before(epoch), plan.num_steps_before(epoch + 1))
+            assert len(steps) == 2
+        first = [plan.global_batch(step)[0] for step in range(8)]
+        assert sorted(first) == list(range(8))
+
+    def test_equal_whole_repeats_are_those_of_one_number(self) -> None:
+        one = BatchPlan(self.BUCKETS, batch_size=2, seed=3, repeats=2)
+        each = BatchPlan(self.BUCKETS, batch_size=2, seed=3, repeats=[2.0] * 10)
+        assert [one.global_batch(s) for s in range(30)] == [each.global_batch(s) for s in range(30)]
+
+    def test_a_sample_that_is_never_taken(self) -> None:
+        plan = BatchPlan(SIZES[:2], batch_size=1, seed=3, repeats=[0.0, 1.0])
+        assert {plan.global_batch(step)[0] for step in range(9)} == {1}
+
+    def test_large_sets_are_planned_quickly(self) -> None:
+        repeats = [1.0 + n % 3 for n in range(100_000)]
+        plan = BatchPlan(
+            [SIZES[n % 2] for n in range(100_000)], batch_size=4, seed=0, repeats=repeats
+        )
+        for step in range(0, 100_000, 20_000):
+            plan.batch(step)
+
+
 def test_no_samples() -> None:
     with pytest.raises(DataError, match="no pictures to train on"):
         BatchPlan([], batch_size=1, seed=0)

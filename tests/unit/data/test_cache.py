@@ -11,7 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from framework.data import images
-from framework.data.cache import EncodedCache, encoder_identity, latents_key, text_key
+from framework.data.cache import (
+    EncodedCache,
+    control_key,
+    encoder_identity,
+    latents_key,
+    text_key,
+)
 from framework.data.files import write_atomic
 from framework.errors import RunError
 
@@ -39,24 +45,58 @@ def test_gives_back_what_was_put(cache: EncodedCache, dtype: torch.dtype) -> Non
 
 
 def test_lies_in_folders_by_the_first_digits(cache: EncodedCache) -> None:
-    cache.put("text", KEY, tensor(3, 4))
+    cache.put("latents", "c" + KEY, tensor(3, 4))
+    assert set(load_file(cache.path("latents", "c" + KEY))) == {"value", "crc32"}
+    cache.put("text", KEY, {"embeds": tensor(3, 4), "pooled": tensor(2)})
     assert cache.path("text", KEY) == cache.folder / "text" / "ab" / f"{KEY}.safetensors"
-    assert set(load_file(cache.path("text", KEY))) == {"value", "crc32"}
+    assert set(load_file(cache.path("text", KEY))) == {"embeds", "pooled", "crc32"}
     assert [file.name for file in (cache.folder / "text" / "ab").iterdir()] == [
         f"{KEY}.safetensors"
     ]
 
 
 def test_values_that_train_are_kept_without_their_graph(cache: EncodedCache) -> None:
-    cache.put("text", KEY, tensor(3, 4, dtype=torch.float32).requires_grad_() * 2)
-    found = cache.get("text", KEY)
+    cache.put("latents", KEY, tensor(3, 4, dtype=torch.float32).requires_grad_() * 2)
+    found = cache.get("latents", KEY)
     assert found is not None
     assert not found.requires_grad
 
 
+class TestText:
+    def test_named_tensors_of_several_dtypes_come_back(self, cache: EncodedCache) -> None:
+        value = {
+            "embeds": tensor(3, 4),
+            "pooled": tensor(5, dtype=torch.float32),
+            "tokens": torch.tensor([1, 2]),
+        }
+        cache.put("text", KEY, value)
+        found = cache.get("text", KEY)
+        assert found is not None
+        assert found.keys() == value.keys()
+        assert all(torch.equal(found[n], t) and found[n].dtype == t.dtype for n, t in value.items())
+        assert cache.missing("text", [KEY]) == []
+
+    def test_swapped_names_are_noticed(self, cache: EncodedCache) -> None:
+        cache.put("text", KEY, {"embeds": tensor(2, 2), "a": tensor(2), "b": tensor(2) + 1})
+        file = cache.path("text", KEY)
+        content = load_file(file)
+        content["a"], content["b"] = content["b"], content["a"]
+        save_file(content, file)
+        assert cache.get("text", KEY) is None
+
+    @pytest.mark.parametrize("name", ["value", "crc32", "mask"])
+    def test_names_that_mean_something_else(self, cache: EncodedCache, name: str) -> None:
+        with pytest.raises(AssertionError, match=name):
+            cache.put("text", KEY, {"embeds": tensor(2, 2), name: tensor(2)})
+
+    def test_one_bad_number_in_any_tensor_is_refused(self, cache: EncodedCache) -> None:
+        with pytest.raises(RunError, match="gave text that are not finite"):
+            cache.put("text", KEY, {"embeds": tensor(2, 2), "pooled": torch.tensor([float("nan")])})
+
+
 def test_missing_keeps_order_and_names_each_once(cache: EncodedCache) -> None:
     keys = [f"{number:064x}" for number in range(5)]
-    cache.put("text", keys[1], tensor(1, 2))
+    cache.put("text", keys[1], {"embeds": tensor(1, 2)})
     assert cache.missing("text", [keys[3], keys[1], keys[0], keys[3]]) == [keys[3], keys[0]]
     assert cache.missing("latents", [keys[1]]) == [keys[1]]
     assert cache.missing("text", []) == []
@@ -125,6 +165,14 @@ class TestKeys:
             text_key("", encoder="e"),
             text_key("a", encoder="f"),
             text_key('a", "e', encoder=""),
+            text_key("a", encoder="e", control_keys=["c"]),
+            text_key("a", encoder="e", control_keys=["c", "d"]),
+            text_key("a", encoder="e", control_keys=["d", "c"]),
+            latents_key("a", size=(64, 64, 5), encoder="e"),
+            latents_key("a", size=(64, 64, 5), encoder="e", fps=16.0),
+            latents_key("a", size=(64, 64, 5), encoder="e", fps=24.0),
+            control_key("a", size=(64, 64), encoder="e"),
+            control_key("a", size=(64, 32), encoder="e"),
         ]
         for version in ("IMAGE_TRANSFORM_VERSION", "CACHE_VERSION"):
             monkeypatch.setattr(f"framework.data.cache.{version}", 1000)
@@ -134,7 +182,7 @@ class TestKeys:
 
     def test_keys_do_not_change_by_accident(self) -> None:
         assert images.IMAGE_TRANSFORM_VERSION == 1
-        assert text_key("käse", encoder="e")[:16] == "18e5e4e39889e481"
+        assert text_key("käse", encoder="e")[:16] == "af545fa17697ea82"
         assert latents_key("a", size=(64, 48), encoder="e")[:16] == "43dbf970dd8ec068"
 
     def test_identity_shows_every_part(self) -> None:

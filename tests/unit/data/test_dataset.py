@@ -16,6 +16,7 @@ from framework.data import (
     EncodedCache,
     EncodedSource,
     ItemRequest,
+    TextRequest,
     TrainingDataset,
     build_train_loader,
     build_validation_loader,
@@ -47,9 +48,10 @@ def fill(dataset: TrainingDataset) -> None:
     """Stand in for the encoders: latents are the pixels, a caption of n characters has n tokens."""
     for index in dataset.missing_latents():
         dataset.put_latents(index, dataset.pixels(index)[:, ::8, ::8].bfloat16())
-    for caption in dataset.missing_captions():
-        length = max(1, len(caption))
-        dataset.put_text(caption, torch.full((length, 6), float(length), dtype=torch.bfloat16))
+    for request in dataset.missing_captions():
+        length = max(1, len(request.caption))
+        embeds = torch.full((length, 6), float(length), dtype=torch.bfloat16)
+        dataset.put_text(request, {"embeds": embeds, "pooled": torch.full((2,), float(length))})
 
 
 @pytest.fixture
@@ -70,7 +72,9 @@ class TestItems:
         dataset = TrainingDataset(samples, buckets=BUCKETS)
         assert len(dataset) == 7
         item = dataset[ItemRequest(2, 5, 3)]
-        assert sorted(item) == ["caption", "index", "key", "micro_step", "pixels", "position"]
+        assert sorted(item) == [
+            "caption", "geometry", "index", "key", "micro_step", "pixels", "position"
+        ]  # fmt: skip
         assert (item["index"], item["micro_step"], item["position"]) == (2, 5, 3)
         assert (item["caption"], item["key"]) == ("caption 2", samples[2].content_key)
         assert dataset.bucket_of[2] == (40, 24)
@@ -93,10 +97,13 @@ class TestItems:
         dataset = TrainingDataset(samples, buckets=BUCKETS, encoded=encoded)
         fill(dataset)
         item = dataset[ItemRequest(2, 5, 3)]
-        assert sorted(item) == ["index", "key", "latents", "micro_step", "position", "text"]
+        assert sorted(item) == [
+            "geometry", "index", "key", "latents", "micro_step", "position", "text"
+        ]  # fmt: skip
         assert item["latents"].shape == (3, 3, 5)
-        assert item["latents"].dtype == item["text"].dtype == torch.bfloat16
-        assert item["text"].shape == (9, 6)
+        assert item["latents"].dtype == item["text"]["embeds"].dtype == torch.bfloat16
+        assert item["text"]["embeds"].shape == (9, 6)
+        assert item["text"]["pooled"].tolist() == [9.0, 9.0]
 
     def test_only_one_of_the_two_is_encoded(
         self, samples: tuple[CheckedSample, ...], encoded: EncodedSource
@@ -137,7 +144,7 @@ class TestMissing:
         missing = dataset.missing_latents()
         assert sorted(missing) == list(range(7))
         assert [dataset.bucket_of[index] for index in missing] == sorted(dataset.bucket_of[:7])
-        assert dataset.missing_captions() == [f"caption {n}" for n in range(4)]
+        assert dataset.missing_captions() == [TextRequest(f"caption {n}", (), n) for n in range(4)]
         fill(dataset)
         assert dataset.missing_latents() == []
         assert dataset.missing_captions() == []
@@ -149,7 +156,7 @@ class TestMissing:
         self, samples: tuple[CheckedSample, ...], encoded: EncodedSource
     ) -> None:
         dataset = TrainingDataset(samples, buckets=BUCKETS, encoded=encoded, caption_dropout=0.1)
-        assert dataset.missing_captions()[-1] == ""
+        assert dataset.missing_captions()[-1] == TextRequest("", (), 0)
 
     def test_nothing_is_missing_without_a_cache(self, samples: tuple[CheckedSample, ...]) -> None:
         dataset = TrainingDataset(samples, buckets=BUCKETS)
@@ -179,7 +186,7 @@ class TestMissing:
 class TestDropout:
     def drops(self, dataset: TrainingDataset, steps: range, positions: int = 10) -> list[bool]:
         return [
-            dataset[ItemRequest(0, step, position)]["text"].shape[0] == 1
+            dataset[ItemRequest(0, step, position)]["text"]["embeds"].shape[0] == 1
             for step in steps
             for position in range(positions)
         ]
@@ -229,6 +236,9 @@ class TestCollate:
         assert batch["latents"].shape == (2, 3, 4, 4)
         assert batch["text_embeds"].shape == (2, 9, 6)
         assert batch["text_mask"].all()
+        assert batch["text_pooled"].tolist() == [[9.0, 9.0]] * 2
+        assert batch["geometry"].shape == (2, 6)
+        assert not {"mask", "controls", "control_images"} & batch.keys()
         assert batch["indices"].tolist() == [0, 4]
         assert batch["positions"].tolist() == [4, 5]
         assert batch["keys"] == [samples[0].content_key, samples[4].content_key]

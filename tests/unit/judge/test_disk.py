@@ -111,10 +111,11 @@ def test_a_lora_file_that_is_missing_or_a_folder_is_refused(here: Path) -> None:
     assert (fault.path, fault.code) == ("model.dit.lora.init_from", "file")
     assert fault.nearest == ("lora.safetensors",)
     Path("run").mkdir()
+    assert "is a folder without a LoRA" in of("run").message
     shutil.copy("lora.safetensors", "run/lora.safetensors")
-    fault = of("run")
-    assert "is a folder, not a LoRA file" in fault.message
-    assert fault.nearest == ("run/lora.safetensors",)
+    assert check({"model.dit.lora": {"init_from": "run"}}).faults == ()
+    fault = only_fault(check({"model.dit.lora": {"preset": "gone.safetensors"}}))
+    assert (fault.path, fault.code) == ("model.dit.lora.preset", "file")
     assert "no safetensors header" in of("lora.safetensors").message  # empty
 
 

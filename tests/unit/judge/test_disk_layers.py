@@ -175,9 +175,9 @@ def test_headers_are_read_once_for_many_configurations(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[Path] = []
-    genuine = layers.read_inventory
+    genuine = layers.read_headers
     monkeypatch.setattr(
-        layers, "read_inventory", lambda folder: read.append(folder) or genuine(folder)
+        layers, "read_headers", lambda files: read.append(files.folder) or genuine(files)
     )
     values = changed({"model.source": "model", "data.path": "data/cats"})
     config, _, _ = judge_values(values, lambda _: "here")
