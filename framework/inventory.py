@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from framework.errors import SourceError
 
@@ -15,6 +16,19 @@ from framework.errors import SourceError
 _MAX_HEADER_BYTES = 100_000_000
 _LFS_POINTER = b"version https://git-lfs"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+_CONVERT = (
+    'convert them once: python -c "import torch; from safetensors.torch import save_file; '
+    "d = torch.load('{name}', map_location='cpu', weights_only=True); d = d.get('state_dict', d); "
+    "save_file({{k: v.clone().contiguous() for k, v in d.items() if hasattr(v, 'dtype')}}, '{stem}.safetensors')\""
+)
+_VARIANT = re.compile(
+    r"(?:diffusion_pytorch_model|model)"
+    r"(?:\.(?P<a>[\w-]+?)(?:-\d{5}-of-\d{5})?|-\d{5}-of-\d{5}\.(?P<b>[\w-]+))\.safetensors"
+)
+_NULL = ("null",)
+_INDEX_VARIANT = re.compile(
+    r"[\w-]+(?:\.(?P<a>[\w-]+))?\.safetensors\.index(?:\.(?P<b>[\w-]+))?\.json"
+)
 
 ELEMENT_BITS: Mapping[str, int] = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4,
@@ -22,14 +36,30 @@ ELEMENT_BITS: Mapping[str, int] = {
 }  # fmt: skip
 """Bits per element of the safetensors dtypes."""
 
+Order = Literal["as_stored", "halves_swapped", "transposed"]
+
+
+@dataclass(frozen=True)
+class Excerpt:
+    """How a tensor is taken from one in a file, where other programs join, reshape or reorder what is apart here.
+
+    stored_shape: of the whole tensor in the file.   first_row: along dimension 0.
+    order: of what begins there: as it is; with its two halves along dimension 0 in the other order; or transposed.
+    """
+
+    stored_shape: tuple[int, ...]
+    first_row: int = 0
+    order: Order = "as_stored"
+
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor in a file.
+    """One tensor in a file, or rows of one.
 
     file: path of the file; its bare name where it has not been fetched.
+    shape: as it is used, also where `excerpt` says that the file has another.
     dtype: safetensors name, e.g. "BF16", "F8_E4M3".
-    start, end: byte offsets in the file.
+    start, end: byte offsets in the file.   excerpt: None for a whole tensor as it is.
     """
 
     key: str
@@ -38,23 +68,50 @@ class StoredTensor:
     dtype: str
     start: int
     end: int
+    excerpt: Excerpt | None = None
 
     @property
     def num_bytes(self) -> int:
         """Bytes in the file."""
         return self.end - self.start
 
+    @property
+    def order(self) -> Order:
+        """In which order its bytes lie in the file."""
+        return "as_stored" if self.excerpt is None else self.excerpt.order
 
-def read_inventory(folder: Path) -> dict[str, StoredTensor]:
+    def cut(
+        self, shape: tuple[int, ...], *, first_row: int = 0, order: Order = "as_stored"
+    ) -> StoredTensor:
+        """Part of a whole tensor: a range of its bytes, so that only that is read.
+
+        shape: of the part; its elements are those of whole rows that begin at `first_row`.
+        """
+        row_bytes = self.num_bytes // self.shape[0] if first_row else 0
+        start = self.start + first_row * row_bytes
+        end = start + prod(shape) * ELEMENT_BITS[self.dtype] // 8
+        assert end <= self.end, (self, shape, first_row)
+        excerpt = Excerpt(self.shape, first_row, order)
+        return replace(self, shape=shape, start=start, end=end, excerpt=excerpt)
+
+    def cut_like(self, shape: tuple[int, ...], excerpt: Excerpt | None) -> StoredTensor:
+        """The part of a whole tensor that was cut before; itself where nothing was."""
+        if excerpt is None:
+            return self
+        return self.cut(shape, first_row=excerpt.first_row, order=excerpt.order)
+
+
+def read_inventory(folder: Path, *, variant: str | None = None) -> dict[str, StoredTensor]:
     """Read the headers of all safetensors files of a component, sharded or not.
 
+    variant: "fp16" for `model.fp16.safetensors`; None for the files without such a part in their names.
     Returns key -> StoredTensor in the order of the files.
-    Raises SourceError: no safetensors file (or only pickles), a shard named by the index is missing, a file is cut
-    short, a header is damaged, the index and the shards disagree.
+    Raises SourceError: no safetensors file (or only pickles), none of that variant, a shard named by the index is
+    missing, a file is cut short, a header is damaged, the index and the shards disagree.
     """
-    index = find_index(folder)
+    index = find_index(folder, variant=variant)
     if index is None:
-        return _read_single(folder)
+        return _read_single(folder, variant)
     weight_map = read_index(index)
     missing = sorted({name for name in weight_map.values() if not (folder / name).is_file()})
     if missing:
@@ -70,11 +127,37 @@ def read_inventory(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def find_index(folder: Path) -> Path | None:
-    """Path of the component's `*.safetensors.index.json`, or None."""
-    found = sorted(folder.glob("*.safetensors.index.json"))
-    # A variant (`model.fp16.safetensors.index.json`) is never taken in place of the plain file.
-    return min(found, key=lambda path: len(path.name)) if found else None
+def find_index(folder: Path, *, variant: str | None = None) -> Path | None:
+    """Path of the component's `*.safetensors.index.json`, or of that of a variant; None if there is none."""
+    names = [path.name for path in folder.glob("*.safetensors.index*.json")]
+    found = choose_index(names, variant)
+    return None if found is None else folder / found
+
+
+def choose_index(names: Sequence[str], variant: str | None) -> str | None:
+    """Of file names, that of the index of a variant, as `x.safetensors.index.fp16.json` or the other way round."""
+    found = [
+        name
+        for name in sorted(names)
+        if (match := _INDEX_VARIANT.fullmatch(name)) and (match["a"] or match["b"]) == variant
+    ]
+    return min(found, key=len) if found else None
+
+
+def file_variant(name: str) -> str | None:
+    """Variant in the name of a weight file: "fp16" of `model.fp16.safetensors` and its shards; None if there is none.
+
+    Only names that diffusers and transformers give have one; `wan_2.1_vae.safetensors` has none.
+    """
+    match = _VARIANT.fullmatch(name)
+    return None if match is None else match["a"] or match["b"]
+
+
+def list_variants(names: Sequence[str]) -> list[str]:
+    """Variants that these weight files and indexes are of, sorted."""
+    indexes = (_INDEX_VARIANT.fullmatch(name) for name in names)
+    found = {file_variant(name) for name in names} | {m["a"] or m["b"] for m in indexes if m}
+    return sorted(variant for variant in found if variant)
 
 
 def read_index(index: Path) -> dict[str, str]:
@@ -129,7 +212,10 @@ def read_file_header(path: Path) -> dict[str, StoredTensor]:
     """Read one file's header and compare its offsets with the file's size.
 
     Layout: 8 bytes length N (little-endian), N bytes JSON, then the data; offsets in the JSON count from there.
+    Raises SourceError for a pickle, for what isn't safetensors, and for a file that is damaged or cut short.
     """
+    if path.suffix in _PICKLE_SUFFIXES:
+        raise pickle_error(path)
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -183,33 +269,60 @@ def parse_header(header: Any, *, file: str, data_start: int, where: str) -> dict
     return tensors
 
 
-def _read_single(folder: Path) -> dict[str, StoredTensor]:
+def pickle_error(path: Path) -> SourceError:
+    """What is said of a pickled checkpoint."""
+    return SourceError(
+        "pickled weights can run code and are never read",
+        where=str(path),
+        hint=_CONVERT.format(name=path.name, stem=path.stem),
+    )
+
+
+def _read_single(folder: Path, variant: str | None) -> dict[str, StoredTensor]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        pickles = sorted(p.name for p in folder.glob("*") if p.suffix in _PICKLE_SUFFIXES)
+        pickles = sorted(p for p in folder.glob("*") if p.suffix in _PICKLE_SUFFIXES)
+        if not pickles:
+            raise SourceError(
+                "no safetensors file in the folder",
+                where=str(folder),
+                hint="fetch the checkpoint again",
+            )
         raise SourceError(
             "no safetensors file in the folder",
             where=str(folder),
-            found=f"only pickled weights ({', '.join(pickles[:3])}), which can run code and are never read"
-            if pickles
-            else "",
-            hint="convert the weights to safetensors" if pickles else "fetch the checkpoint again",
+            found=f"only pickled weights ({', '.join(p.name for p in pickles[:3])}), which can run code and are "
+            "never read",
+            hint=_CONVERT.format(name=pickles[0].name, stem=pickles[0].stem),
         )
-    return read_file_header(_choose_single(files, folder))
+    return read_file_header(folder / choose_single([f.name for f in files], variant, str(folder)))
 
 
-def _choose_single(files: list[Path], folder: Path) -> Path:
-    """The one weight file; of several, the one whose name has no variant in it."""
-    plain = [path for path in files if path.name.count(".") == 1]
-    if len(plain) == 1:
-        return plain[0]
-    if len(files) == 1:
-        return files[0]
+def choose_single(names: Sequence[str], variant: str | None, where: str) -> str:
+    """The one weight file of a variant among file names.   Raises SourceError where none or several could be meant."""
+    fitting = [name for name in names if file_variant(name) == variant]
+    if len(fitting) > 1:
+        # `model.safetensors` beside files of other names: the one whose name has no further part.
+        fitting = [name for name in fitting if name.count(".") == (1 if variant is None else 2)]
+    if len(fitting) == 1:
+        return fitting[0]
+    variants = list_variants(names)
+    if not fitting and (variants or variant):
+        wanted = "no weights without a variant" if variant is None else f'no variant "{variant}"'
+        raise SourceError(
+            f"the folder holds {wanted}",
+            where=where,
+            found=f"variants: {', '.join(variants)}" if variants else "plain files alone",
+            hint=" or ".join(
+                f"set model.variant={name}" for name in (*variants[:1], *_NULL[variant is None :])
+            ),
+        )
     raise SourceError(
-        f"{len(files)} safetensors files and no index that says which belong together",
-        where=str(folder),
-        found=", ".join(path.name for path in files[:5]),
-        hint="keep one file, or add the `*.safetensors.index.json` that was published with them",
+        f"{len(names)} safetensors files and no index that says which belong together",
+        where=where,
+        found=", ".join(names[:5]),
+        hint="keep one file, add the `*.safetensors.index.json` that was published with them, or name the file itself "
+        "in `source`",
     )
 
 
@@ -224,7 +337,7 @@ def _truncated(path: Path, found: str) -> SourceError:
 
 def _damaged(path: Path, found: str) -> SourceError:
     return SourceError(
-        "the weight file's header is damaged",
+        "the weight file's header is damaged, or it isn't a safetensors file",
         where=str(path),
         found=found,
         hint="delete this file and fetch the checkpoint again",

@@ -31,7 +31,7 @@ def publish_fp8(transformer: Path, folder: Path, layout: str, *, prefix: str = "
             continue
         chosen = LAYOUTS[weights % len(LAYOUTS)] if layout == "mixed" else layout
         weights += 1
-        written |= _weight(key.removesuffix(".weight"), value, chosen)
+        written |= weight_in_fp8(key.removesuffix(".weight"), value, chosen)
     if layout in ("comfyui", "mixed"):
         written["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
     save_file({prefix + key: value for key, value in written.items()}, folder / "fp8.safetensors")
@@ -46,7 +46,8 @@ def load_state(folder: Path) -> dict[str, Tensor]:
     return dict(sorted(state.items()))
 
 
-def _weight(layer: str, weight: Tensor, layout: str) -> dict[str, Tensor]:
+def weight_in_fp8(layer: str, weight: Tensor, layout: str) -> dict[str, Tensor]:
+    """What stands in a file for `<layer>.weight` in a layout."""
     one = torch.ones(())
     if layout == "plain":
         return {f"{layer}.weight": weight.to(torch.float8_e4m3fn)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,7 +44,7 @@ def run_generation(
                     )
                 ]
             )
-        if lora is not None and not lora.is_file():
+        if lora is not None and not lora.exists():
             hint = "A run writes its LoRA into its run folder, named in its last lines."
             raise SourceError(f"the LoRA {lora} doesn't exist", hint=hint)
         if out.exists() and not out.is_dir():
@@ -56,7 +57,10 @@ def run_generation(
 
 
 def _generate(
-    config: RunConfig, prompts: Sequence[str], lora: Path | None, out: Path
+    config: RunConfig,
+    prompts: Sequence[str],
+    lora: Path | None,
+    out: Path,
 ) -> list[Path]:
     from framework.inference.generate import generate, write_images
     from framework.models.base import SampleSettings
@@ -66,6 +70,8 @@ def _generate(
         num_inference_steps=config.sample.num_inference_steps,
         guidance_scale=config.sample.guidance_scale,
         seed=config.sample.seed,
+        num_frames=config.sample.num_frames,
+        control_images=config.sample.control_images,
     )
     console = error_console()
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -92,14 +98,28 @@ def _generate(
 
 
 def sample_overrides(
-    *, seed: int | None, steps: int | None, guidance: float | None, size: str | None
+    *,
+    seed: int | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    size: str | None = None,
+    frames: int | None = None,
+    controls: Sequence[Path] = (),
 ) -> list[str]:
     """Write the command's options as overrides, so that they are judged like any other.   size: "1024x768"."""
-    settings = {"seed": seed, "num_inference_steps": steps, "guidance_scale": guidance}
+    settings = {
+        "seed": seed,
+        "num_inference_steps": steps,
+        "guidance_scale": guidance,
+        "num_frames": frames,
+    }
     changes = [f"sample.{key}={value}" for key, value in settings.items() if value is not None]
     if size is not None:
         width, height = parse_size(size)
         changes.append(f"sample.size_px=[{width},{height}]")
+    if controls:
+        files = ",".join(json.dumps(str(path)) for path in controls)
+        changes.append(f"sample.control_images=[{files}]")
     return changes
 
 

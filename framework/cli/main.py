@@ -12,8 +12,12 @@ from typing import Annotated, Literal
 import typer
 
 from framework import __version__
+from framework.cli.data_app import data_app
+from framework.cli.export import Export
+from framework.cli.migrate import Migrate
+from framework.cli.prepare_app import prepare_app
 from framework.cli.report import error_console, output_console, print_error, print_usage_error
-from framework.errors import DataError, OctavoError
+from framework.errors import OctavoError
 
 # typer carries its own copy of click in some versions, so the base of command-line errors is found by its name.
 _COMMAND_LINE_ERROR: type[Exception] = next(
@@ -28,8 +32,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-prepare_app = typer.Typer(help="Make a data set that recipes train on.")
 app.add_typer(prepare_app, name="prepare")
+app.add_typer(data_app, name="data")
 
 Overrides = Annotated[
     list[str] | None,
@@ -255,7 +259,9 @@ class Generate:
         list[str] | None,
         typer.Option("--prompt", help="What to draw; once per picture. Default: sample.prompts."),
     ] = None
-    lora: Annotated[Path | None, typer.Option("--lora", help="A LoRA .safetensors file.")] = None
+    lora: Annotated[Path | None, typer.Option("--lora", help="A LoRA file, or a run's folder.")] = (
+        None
+    )
     seed: Annotated[int | None, typer.Option("--seed", help="Default: sample.seed.")] = None
     steps: Annotated[
         int | None, typer.Option("--steps", help="Default: sample.num_inference_steps.")
@@ -266,6 +272,16 @@ class Generate:
     size: Annotated[
         str | None, typer.Option("--size", metavar="WxH", help="Default: sample.size_px.")
     ] = None
+    frames: Annotated[
+        int | None, typer.Option("--frames", help="Of a clip. Default: sample.num_frames.")
+    ] = None
+    controls: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--control",
+            help="A picture to edit; once per prompt. Default: sample.control_images.",
+        ),
+    ] = None
     out: Annotated[Path, typer.Option("--out", help="Folder for the PNG files.")] = Path(
         "outputs/generated"
     )
@@ -275,7 +291,12 @@ class Generate:
         from framework.cli.generate import run_generation, sample_overrides
 
         changes = sample_overrides(
-            seed=self.seed, steps=self.steps, guidance=self.guidance, size=self.size
+            seed=self.seed,
+            steps=self.steps,
+            guidance=self.guidance,
+            size=self.size,
+            frames=self.frames,
+            controls=self.controls or (),
         )
         run_generation(
             [*(self.overrides or []), *changes],
@@ -284,6 +305,10 @@ class Generate:
             out=self.out,
             config_dir=self.config_dir,
         )
+
+
+app.command("export", context_settings=_FLAGS_PASS)(Export)
+app.command("migrate", context_settings=_FLAGS_PASS)(Migrate)
 
 
 @app.command()
@@ -312,40 +337,6 @@ def schema(
         write_schemas(write)
     else:
         sys.stdout.write(schema_text(form, of))
-
-
-@prepare_app.callback(invoke_without_command=True)
-def _prepare(context: typer.Context) -> None:
-    """Make a data set that recipes train on."""
-    if context.invoked_subcommand is None:
-        sys.stdout.write(context.get_help() + "\n")
-
-
-@prepare_app.command()
-def openmoji(
-    style: Annotated[
-        Literal["color", "line"],
-        typer.Option("--style", help="Coloured pictures or line drawings."),
-    ],
-    out: Annotated[Path, typer.Option("--out", help="Folder for the pictures; made anew.")],
-    subset: Annotated[
-        Literal["pocket", "all"],
-        typer.Option("--subset", help="The pocket model's subjects, or every emoji."),
-    ] = "pocket",
-    size_px: Annotated[
-        int, typer.Option("--size-px", min=16, max=2048, help="Side of the square pictures.")
-    ] = 64,
-) -> None:
-    """Render OpenMoji (CC BY-SA 4.0) with captions; needs no network."""
-    try:
-        from framework.data.openmoji import prepare_openmoji
-    except ModuleNotFoundError as error:
-        hint = "Run `pip install octavo[openmoji]`."
-        raise DataError(
-            f"OpenMoji needs the package {error.name}, which isn't installed", hint=hint
-        ) from error
-    count = prepare_openmoji(out, style=style, size_px=size_px, subset=subset)
-    output_console().print(f"{count} pictures with captions in {out}")
 
 
 def _report_usage(error: BaseException, arguments: Sequence[str]) -> int:

@@ -42,7 +42,7 @@ def sample_seed(seed: int, micro_step: int, position: int, purpose: str) -> int:
 
 def draw_noise(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
     """Standard normal noise (B, *shape) float32 on the CPU; row i depends on seeds[i] alone."""
-    rows = [torch.randn(tuple(shape), generator=_generator(seed)) for seed in seeds]
+    rows = [torch.randn(tuple(shape), generator=seeded_generator(seed)) for seed in seeds]
     return torch.stack(rows)
 
 
@@ -52,18 +52,47 @@ def draw_sigmas(
     sampling: Sampling = "logit_normal",
     logit_mean: float = 0.0,
     logit_std: float = 1.0,
+    within: tuple[float, float] = (0.0, 1.0),
 ) -> Tensor:
     """Noise levels (B,) float32 on the CPU in [SIGMA_MIN, 1], before any shift; row i depends on seeds[i] alone.
 
     logit_normal: sigmoid(mean + std * N(0, 1)) (arXiv:2403.03206, section 3.1).
+    within: lowest and highest level; the distribution is cut off there, not squeezed.
     """
-    if sampling == "uniform":
-        drawn = [torch.rand((), generator=_generator(s), dtype=torch.float64) for s in seeds]
+    if within != (0.0, 1.0):
+        sigmas = _draw_within(seeds, sampling, logit_mean, logit_std, within)
+    elif sampling == "uniform":
+        drawn = [torch.rand((), generator=seeded_generator(s), dtype=torch.float64) for s in seeds]
         sigmas = torch.stack(drawn)
     else:
-        drawn = [torch.randn((), generator=_generator(s), dtype=torch.float64) for s in seeds]
+        drawn = [torch.randn((), generator=seeded_generator(s), dtype=torch.float64) for s in seeds]
         sigmas = torch.sigmoid(logit_mean + logit_std * torch.stack(drawn))
     return sigmas.clamp(SIGMA_MIN, 1.0).float()
+
+
+def _draw_within(
+    seeds: Sequence[int],
+    sampling: Sampling,
+    mean: float,
+    std: float,
+    within: tuple[float, float],
+) -> Tensor:
+    """Levels (B,) float64 of the distribution between two levels, by its inverse cumulative distribution."""
+    drawn = [torch.rand((), generator=seeded_generator(s), dtype=torch.float64) for s in seeds]
+    share = torch.stack(drawn)
+    low, high = within
+    if sampling == "uniform":
+        return low + (high - low) * share
+    ends = torch.tensor([low, high], dtype=torch.float64).logit()
+    below, above = torch.special.ndtr((ends - mean) / std)
+    # Beyond 8 standard deviations nothing is left between the ends; the nearer end is what is meant.
+    place = torch.special.ndtri((below + (above - below) * share).clamp(1e-15, 1 - 1e-15))
+    return torch.sigmoid(mean + std * place).clamp(low, high)
+
+
+def unshift_sigma(sigma: float, factor: float) -> float:
+    """The level that `shift_sigmas` turns into this one."""
+    return sigma / (factor - (factor - 1) * sigma)
 
 
 def shift_sigmas(sigma: Tensor, factor: float) -> Tensor:
@@ -89,7 +118,8 @@ def resolve_shift(
     if shift != "scheduler":
         return float(shift)
     if not scheduler_config.get("use_dynamic_shifting", False):
-        return float(scheduler_config.get("shift", 1.0))
+        # UniPC's name for it is flow_shift.
+        return float(scheduler_config.get("shift", scheduler_config.get("flow_shift", 1.0)))
     base, limit = (
         scheduler_config.get("base_shift", 0.5),
         scheduler_config.get("max_shift", 1.15),
@@ -129,11 +159,17 @@ def loss_weight(sigma: Tensor, weighting: Weighting) -> Tensor:
 
 
 def sample_losses(
-    prediction: Tensor, target: Tensor, *, loss: Loss = "mse", huber_delta: float = 0.1
+    prediction: Tensor,
+    target: Tensor,
+    *,
+    loss: Loss = "mse",
+    huber_delta: float = 0.1,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Mean error of each sample (B,) float32; prediction and target (B, C, h, w), any float dtype.
 
     huber: e**2 / 2 where |e| < delta, delta (|e| - delta / 2) beyond (Huber 1964).
+    mask: (B, 1, H, W) in [0, 1], of the pictures; each latent's error counts by the mean of the mask over its pixels.
     """
     error = prediction.float() - target.float()
     if loss == "huber":
@@ -143,6 +179,10 @@ def sample_losses(
         )
     else:
         each = error**2
+    if mask is not None:
+        height, width = each.shape[-2:]
+        weight = torch.nn.functional.adaptive_avg_pool2d(mask.to(each), (height, width))
+        each = each * (weight[:, :, None] if each.ndim == 5 else weight)
     return each.flatten(1).mean(1)
 
 
@@ -153,13 +193,15 @@ def flow_loss(
     *,
     loss: Loss = "mse",
     huber_delta: float = 0.1,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """Weighted mean (scalar float32) of the samples' losses. weight: (B,)."""
-    losses = sample_losses(prediction, target, loss=loss, huber_delta=huber_delta)
+    """Weighted mean (scalar float32) of the samples' losses. weight: (B,).   mask: see `sample_losses`."""
+    losses = sample_losses(prediction, target, loss=loss, huber_delta=huber_delta, mask=mask)
     return (weight.to(losses) * losses).mean()
 
 
-def _generator(seed: int) -> torch.Generator:
+def seeded_generator(seed: int) -> torch.Generator:
+    """A generator on the CPU, whose numbers are the same on every machine."""
     return torch.Generator("cpu").manual_seed(seed)
 
 

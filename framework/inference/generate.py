@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from framework.errors import ConfigError, Fault, SourceError
 from framework.hub import locate_extra
-from framework.inference.sheet import save_png
-from framework.models import Family, SampleSettings, TextConditioning, get_family
+from framework.inference.sheet import save_sample
+from framework.models import Family, Sample, SampleSettings, TextConditioning, get_family
 from framework.models.base import StepCallback, evaluating
 from framework.plan.build import build_inference_plan
 from framework.plan.fit import fitting
@@ -36,11 +37,10 @@ def generate(
     lora: Path | None = None,
     on_progress: StepCallback | None = None,
     watch: Watch | None = None,
-) -> list[Image.Image]:
-    """Make one picture per prompt; prompt i starts from the noise of seed + i.
+) -> list[Sample]:
+    """Make one picture, or clip, per prompt; prompt i starts from the noise of seed + i.
 
-    The text encoder is loaded, used and dropped before the DiT and the VAE are loaded, so memory
-    peaks at the larger phase.
+    Text encoders are loaded, used and dropped before denoisers and VAE are loaded, so memory peaks at the larger phase.
     lora: a `.safetensors` file; used on each component that it has adapters for.
     on_progress: called with (steps done, steps in all).   watch: opened while a component's weights are read.
     Raises ConfigError (size, prompts), SourceError (checkpoint, LoRA) or PlanError before pictures
@@ -48,6 +48,7 @@ def generate(
     """
     family = get_family(model.family)
     _check_request(family, prompts, settings)
+    pictures = [read_control(path) for path in settings.control_images]
     place = resolve_device(model.device)
     compute_dtype = resolve_compute_dtype(model.compute_dtype, place)
     load_family_extras(family, model)
@@ -58,7 +59,19 @@ def generate(
     plan = _planned(model, settings, num_tokens=tokens, device=str(place))
     residency = Residency(plan, family, place, compute_dtype, settings.seed, watch=watch)
     try:
-        return _generate(residency, family, prompts, settings, negative_prompt, lora, on_progress)
+        used_lora = _enter_(residency, "encode", lora)
+        encoders = {name: residency.modules[name] for name in family.spec.text_encoders}
+        rows = encode_prompts(family, encoders, prompts, negative_prompt, settings, pictures)
+        used_lora |= _enter_(residency, "sample", lora)
+        if lora is not None and not used_lora:
+            raise SourceError(
+                "the LoRA has adapters for no component of this model",
+                where=str(lora),
+                hint="the LoRA was made for another model",
+            )
+        return sample_rows(
+            family, rows, residency.modules, settings, controls=pictures, on_step=on_progress
+        )
     finally:
         residency.release()
 
@@ -74,6 +87,7 @@ def _fitted(
         size_px=settings.size_px,
         num_tokens=num_tokens,
         guided=settings.guidance_scale > 1,
+        num_frames=settings.num_frames,
         device=device,
     )
     return fitting(found)[0]
@@ -92,31 +106,9 @@ def _planned(
         size_px=settings.size_px,
         num_tokens=num_tokens,
         guided=settings.guidance_scale > 1,
+        num_frames=settings.num_frames,
         device=device,
     )
-
-
-def _generate(
-    residency: Residency,
-    family: Family,
-    prompts: Sequence[str],
-    settings: SampleSettings,
-    negative_prompt: str,
-    lora: Path | None,
-    on_progress: StepCallback | None,
-) -> list[Image.Image]:
-    used_lora = _enter_(residency, "encode", lora)
-    positive, negative = encode_prompts(
-        family, residency.modules["text_encoder"], prompts, negative_prompt, settings
-    )
-    used_lora |= _enter_(residency, "sample", lora)
-    if lora is not None and not used_lora:
-        raise SourceError(
-            "the LoRA has adapters for no component of this model",
-            where=str(lora),
-            hint="keys must start with transformer., text_encoder. or vae.",
-        )
-    return family.sample(positive, negative, residency.modules, settings, on_step=on_progress)
 
 
 def _enter_(residency: Residency, phase: Phase, lora: Path | None) -> bool:
@@ -130,32 +122,93 @@ def _enter_(residency: Residency, phase: Phase, lora: Path | None) -> bool:
 
 
 def load_family_extras(family: Family, model: ModelConfig) -> None:
-    """Find the checkpoint's tokenizer and scheduler folders and let the family read them."""
+    """Find the checkpoint's tokenizers, scheduler and the like, and let the family read them."""
     family.load_extras(
-        locate_extra(model.source, "tokenizer", revision=model.revision),
-        locate_extra(model.source, "scheduler", revision=model.revision),
+        {
+            name: locate_extra(model.source, folder, revision=model.revision)
+            for name, folder in family.spec.extras.items()
+        }
     )
 
 
 def encode_prompts(
     family: Family,
-    text_encoder: torch.nn.Module,
+    encoders: Mapping[str, torch.nn.Module],
     prompts: Sequence[str],
     negative_prompt: str,
     settings: SampleSettings,
-) -> tuple[TextConditioning, TextConditioning | None]:
-    """Encode prompts one by one (so that none depends on the others' padding) and, if guided, the negative one."""
-    with torch.no_grad(), evaluating([text_encoder]):
-        positive = TextConditioning.collate(
-            [family.encode_text([prompt], text_encoder) for prompt in prompts]
+    controls: Sequence[Image.Image] = (),
+) -> list[tuple[TextConditioning, TextConditioning | None]]:
+    """Encode prompts one by one, so that none depends on the others' padding, and, if guided, what leads away.
+
+    controls: one per prompt, or none.   Returns (positive, negative) of each prompt.
+    """
+    guided = settings.guidance_scale > 1 and family.spec.guided
+    with torch.no_grad(), evaluating(list(encoders.values())):
+        if not controls:
+            negative = family.encode_text([negative_prompt], encoders) if guided else None
+            return [(family.encode_text([prompt], encoders), negative) for prompt in prompts]
+        rows = []
+        for prompt, picture in zip(prompts, controls, strict=True):
+            shown = [[picture]]
+            positive = family.encode_text([prompt], encoders, controls=shown)
+            negative = (
+                family.encode_text([negative_prompt], encoders, controls=shown) if guided else None
+            )
+            rows.append((positive, negative))
+        return rows
+
+
+def sample_rows(
+    family: Family,
+    rows: Sequence[tuple[TextConditioning, TextConditioning | None]],
+    modules: Mapping[str, torch.nn.Module],
+    settings: SampleSettings,
+    *,
+    controls: Sequence[Image.Image] = (),
+    on_step: StepCallback | None = None,
+) -> list[Sample]:
+    """Make one picture or clip of each encoded prompt; number i starts from the noise of seed + i.
+
+    controls: one picture per prompt, or none.
+    """
+    if not controls:
+        positive = TextConditioning.collate([row for row, _ in rows])
+        return list(family.sample(positive, rows[0][1], modules, settings, on_step=on_step))
+    made: list[Sample] = []
+    for index, ((positive, negative), picture) in enumerate(zip(rows, controls, strict=True)):
+        with torch.no_grad(), evaluating([modules["vae"]]):
+            latents = (family.encode_control(picture, modules["vae"]),)
+        done = index * settings.num_inference_steps
+
+        def report(steps: int, total: int, done: int = done) -> None:
+            if on_step is not None:
+                on_step(done + steps, total * len(rows))
+
+        made += family.sample(
+            replace(positive, controls=latents),
+            None if negative is None else replace(negative, controls=latents),
+            modules,
+            replace(settings, seed=settings.seed + index),
+            on_step=report,
         )
-        guided = settings.guidance_scale > 1
-        negative = family.encode_text([negative_prompt], text_encoder) if guided else None
-    return positive, negative
+    return made
+
+
+def read_control(path: Path | str) -> Image.Image:
+    """A control picture as RGB, turned upright. Raises SourceError for a file that is no picture."""
+    file = Path(path).expanduser()
+    try:
+        with Image.open(file) as picture:
+            return ImageOps.exif_transpose(picture).convert("RGB")
+    except (OSError, ValueError) as error:
+        raise SourceError(
+            "the control picture can't be read", where=str(file), found=str(error)
+        ) from error
 
 
 def write_images(
-    images: Sequence[Image.Image],
+    images: Sequence[Sample],
     prompts: Sequence[str],
     out_dir: Path,
     *,
@@ -165,7 +218,8 @@ def write_images(
 ) -> list[Path]:
     """Write pictures as `0000.png`, `0001.png`, ... after the highest number in `out_dir`; none is overwritten.
 
-    Each carries its prompt, seed, steps, guidance, model and LoRA as PNG text.
+    Each carries its prompt, seed, steps, guidance, model and LoRA as PNG text. Of a clip the PNG shows some
+    frames, and the film itself lies beside it, `0000.webp`.
     """
     out_dir.mkdir(parents=True, exist_ok=True)
     paths = []
@@ -180,7 +234,7 @@ def write_images(
             "lora": str(lora or ""),
         }
         try:
-            save_png(image, path, text)
+            save_sample(image, path, text)
         except BaseException:
             path.unlink()
             raise
@@ -207,6 +261,11 @@ def _check_request(family: Family, prompts: Sequence[str], settings: SampleSetti
     divisor = family.spec.size_divisor_px
     if not prompts:
         faults.append(Fault("prompts", "there is no prompt"))
+    wanted = len(prompts) if family.spec.num_controls else 0
+    given = len(settings.control_images)
+    if given != wanted:
+        message = f"{given} control pictures for {len(prompts)} prompts; {family.spec.name} takes {wanted}"
+        faults.append(Fault("control_images", message))
     for side in settings.size_px:
         if side <= 0 or side % divisor:
             lower = max(divisor, side // divisor * divisor)

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+from framework.models.base import Clip, Sample
 
 SheetRow = tuple[str, Sequence[Image.Image]]
 
 SMALLEST_PX = 192
 LARGEST_PX = 512
 MAX_COLUMNS = 6
+MAX_FRAMES = 5
 MAX_CAPTION_LINES = 4
 _MARGIN_PX = 24
 _GAP_PX = 12
@@ -57,12 +61,50 @@ def save_png(image: Image.Image, path: Path, text: Mapping[str, str] | None = No
     chunks = PngImagePlugin.PngInfo()
     for key, value in (text or {}).items():
         chunks.add_itxt(key, value)
+    _write(path, lambda file: image.save(file, format="PNG", pnginfo=chunks))
+
+
+def save_sample(sample: Sample, path: Path, text: Mapping[str, str] | None = None) -> None:
+    """Write what was sampled as a PNG with `text`; of a clip some frames, and the film, `<name>.webp`, beside it."""
+    save_png(as_picture(sample), path, text)
+    if isinstance(sample, Clip):
+        first, *others = sample.frames
+        _write(
+            path.with_suffix(".webp"),
+            lambda file: first.save(
+                file,
+                format="WEBP",
+                save_all=True,
+                append_images=others,
+                duration=round(1000 / sample.fps),
+                loop=0,
+                quality=90,
+            ),
+        )
+
+
+def as_picture(sample: Sample) -> Image.Image:
+    """A picture itself; of a clip at most `MAX_FRAMES` of its frames side by side, first and last among them."""
+    if isinstance(sample, Image.Image):
+        return sample
+    count = min(MAX_FRAMES, len(sample.frames))
+    last = len(sample.frames) - 1
+    shown = [sample.frames[round(place * last / max(1, count - 1))] for place in range(count)]
+    width, height = shown[0].size
+    strip = Image.new("RGB", (width * count, height), _PAPER)
+    for place, frame in enumerate(shown):
+        strip.paste(frame, (place * width, 0))
+    return strip
+
+
+def _write(path: Path, save: Callable[[IO[bytes]], object]) -> None:
+    """Let `save` write a file that is at `path` once it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     temporary = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            image.save(file, format="PNG", pnginfo=chunks)
+            save(file)
             file.flush()
             os.fsync(file.fileno())
         temporary.chmod(0o644)

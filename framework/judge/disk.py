@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from framework.errors import Fault, SourceError
+from framework.judge.data_places import check_data
 from framework.judge.layers import check_layers, lora_file_ranks
 from framework.judge.places import Findings, nearest_entries, source_fault
 from framework.judge.resume import RESUME_READS, check_resume
@@ -19,9 +20,6 @@ from framework.schema.model import LoraConfig
 from framework.schema.paths import overlaps
 from framework.schema.run import RunConfig
 from framework.schema.validate import Use
-
-_TABLES = (".csv", ".jsonl", ".parquet")
-_DATA_ALLOWED = "a folder of pictures, or a .csv, .jsonl or .parquet file"
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,7 @@ def check_files(
     checked = check_layers(config, findings, use=use)
     _check_init_from(config, findings, use)
     if use == "train":
-        _check_data(config, findings)
+        check_data(config, findings)
         if not any(overlaps(path, read) for path in stand_ins for read in RESUME_READS):
             check_resume(config, findings)
 
@@ -64,64 +62,19 @@ def check_files(
     return FileCheck(known(findings.faults), known(findings.warnings), checked)
 
 
-def _check_data(config: RunConfig, findings: Findings) -> None:
-    typed = config.data.path
-    path = Path(typed).expanduser()
-    if not path.exists():
-        findings.missing(
-            "data.path",
-            f'"{typed}" does not exist',
-            hint="Correct it; a relative path starts at the folder in which the command runs.",
-            value=typed,
-            nearest=nearest_entries(typed, (Path.cwd(),)),
-            allowed=_DATA_ALLOWED,
-        )
-    elif path.is_file() and path.suffix.lower() not in _TABLES:
-        findings.refuse(
-            "data.path",
-            f'"{typed}" is neither a folder nor a .csv, .jsonl or .parquet file',
-            hint="Give the folder of the pictures, or a file that lists them.",
-            value=typed,
-        )
-    elif path.is_dir() and not any(True for _ in path.iterdir()):
-        findings.missing(
-            "data.path",
-            f'the folder "{typed}" is empty',
-            hint="Put pictures with .txt captions or a metadata file there, or give another folder.",
-            value=typed,
-            allowed=_DATA_ALLOWED,
-        )
-    elif path.is_dir() and _lies_in(config.run.output_dir, path):
-        findings.warn(
-            "run.output_dir",
-            f'"{config.run.output_dir}" lies inside data.path, so that the samples of a run become training pictures',
-            hint="Write runs elsewhere, e.g. run.output_dir=outputs.",
-        )
-
-
-def _lies_in(inner: str, folder: Path) -> bool:
-    path = Path(inner).expanduser().absolute().resolve()
-    return path.is_relative_to(folder.absolute().resolve())
-
-
 def _check_init_from(config: RunConfig, findings: Findings, use: Use) -> None:
     """The LoRA files that components start from: there, readable, and of the rank that the configuration says."""
     for name, component in config.model.components.items():
         lora = component.lora or LoraConfig()
-        if component.trainable != "lora" or lora.init_from is None:
+        if component.trainable != "lora":
+            continue
+        if lora.preset is not None:
+            _check_is_there(lora.preset, f"model.{name}.lora.preset", findings)
+        if lora.init_from is None:
             continue
         key = f"model.{name}.lora.init_from"
         path = Path(lora.init_from).expanduser()
-        if not path.is_file():
-            what = "is a folder, not a LoRA file" if path.is_dir() else "does not exist"
-            findings.missing(
-                key,
-                f'"{lora.init_from}" {what}',
-                hint=f"Give a LoRA `.safetensors` file, or {key}=null to start from nothing.",
-                value=lora.init_from,
-                nearest=_lora_files(lora.init_from, path),
-                allowed="a LoRA .safetensors file, or null",
-            )
+        if not _check_is_there(lora.init_from, key, findings) or path.is_dir():
             continue
         try:
             ranks = lora_file_ranks(path.absolute(), path.stat().st_mtime_ns)
@@ -138,6 +91,23 @@ def _check_init_from(config: RunConfig, findings: Findings, use: Use) -> None:
                 code="rule",
                 value=lora.init_from,
             )
+
+
+def _check_is_there(given: str, key: str, findings: Findings) -> bool:
+    """Whether a LoRA file, or a folder of peft's or of a run, is there; tells it otherwise."""
+    path = Path(given).expanduser()
+    is_lora = path.is_file() or (path.is_dir() and any(path.glob("*.safetensors")))
+    if not is_lora:
+        what = "is a folder without a LoRA" if path.is_dir() else "does not exist"
+        findings.missing(
+            key,
+            f'"{given}" {what}',
+            hint=f"Give a LoRA `.safetensors` file, or {key}=null to start from nothing.",
+            value=given,
+            nearest=_lora_files(given, path),
+            allowed="a LoRA .safetensors file, or null",
+        )
+    return is_lora
 
 
 def _lora_files(typed: str, path: Path) -> tuple[str, ...]:

@@ -12,8 +12,14 @@ from functools import lru_cache
 from pathlib import Path
 
 from framework.errors import Fault, SourceError
-from framework.hub import REPOSITORY, ComponentFiles, ComponentHeaders, find_on_disk
-from framework.inventory import read_file_header, read_inventory
+from framework.hub import (
+    REPOSITORY,
+    ComponentFiles,
+    ComponentHeaders,
+    find_on_disk,
+    read_headers,
+)
+from framework.inventory import read_file_header
 from framework.judge.places import (
     Findings,
     nearest_entries,
@@ -22,6 +28,7 @@ from framework.judge.places import (
 )
 from framework.plan.build import check_kind, run_residents
 from framework.plan.component import ComponentBuilder
+from framework.plan.native_names import check_contents
 from framework.plan.types import LoraLayer
 from framework.schema.families import FAMILIES
 from framework.schema.model import ComponentConfig, LoraConfig
@@ -57,7 +64,7 @@ def check_layers(config: RunConfig, findings: Findings, *, use: Use) -> bool:
                     told.add(source)
                     _not_here(source, key, findings)
                 continue
-            check = _check(files.folder, config.model.family, name, _settings(component, use))
+            check = _check(files, config.model.family, name, _settings(component, use))
         except SourceError as error:
             complete = False
             if str(error) not in told:
@@ -78,7 +85,7 @@ def resolved_lora_layers(
         files = _files(config, name)
         if files is None:
             return None
-        check = _check(files.folder, config.model.family, name, _settings(component, "train"))
+        check = _check(files, config.model.family, name, _settings(component, "train"))
     except SourceError:
         return None
     return frozenset(layer.name for layer in check.lora_layers)
@@ -95,7 +102,13 @@ def _needed(config: RunConfig, use: Use) -> list[str]:
 def _files(config: RunConfig, name: str) -> ComponentFiles | None:
     source = config.model.components[name].source or config.model.source
     subfolder = FAMILIES[config.model.family].components[name].subfolder
-    return find_on_disk(source, subfolder, revision=config.model.revision)
+    return find_on_disk(
+        source,
+        subfolder,
+        revision=config.model.revision,
+        config_source=config.model.source,
+        variant=config.model.variant,
+    )
 
 
 def _settings(component: ComponentConfig, use: Use) -> ComponentConfig:
@@ -112,13 +125,18 @@ def _settings(component: ComponentConfig, use: Use) -> ComponentConfig:
     )
 
 
-def _check(folder: Path, family: str, name: str, settings: ComponentConfig) -> ComponentCheck:
-    return _decide(str(folder), signature_of(folder), family, name, settings)
+def _check(
+    files: ComponentFiles, family: str, name: str, settings: ComponentConfig
+) -> ComponentCheck:
+    signature = signature_of(files.folder)
+    if files.file is not None:
+        signature += (_state_of(files.file),)
+    return _decide(files, signature, family, name, settings)
 
 
 @lru_cache(maxsize=1024)
 def _decide(
-    folder: str, signature: Signature, family: str, name: str, settings: ComponentConfig
+    files: ComponentFiles, signature: Signature, family: str, name: str, settings: ComponentConfig
 ) -> ComponentCheck:
     """Resolve the patterns of one component as the plan does.   Raises SourceError for headers that can't be used."""
     spec = FAMILIES[family].components[name]
@@ -126,11 +144,11 @@ def _decide(
         name=name,
         config=settings,
         spec=spec,
-        headers=_headers(folder, signature, family, name),
+        headers=_headers(files, signature, family, name),
         compute_dtype="bf16",
         purpose="train",
     )
-    plan = builder.build(folder, None)
+    plan = builder.build(str(files.file or files.folder), None)
     if settings.precision == "fp8" and "*" in (settings.fp8.keep_high_precision or ()):
         # The rules have said that nothing would be stored in FP8.
         builder.faults = [f for f in builder.faults if f.path != f"model.{name}.precision"]
@@ -138,9 +156,14 @@ def _decide(
 
 
 @lru_cache(maxsize=64)
-def _headers(folder: str, signature: Signature, family: str, name: str) -> ComponentHeaders:
-    check_kind(folder, FAMILIES[family].components[name], family)
-    return ComponentHeaders(folder, None, read_inventory(Path(folder)))
+def _headers(
+    files: ComponentFiles, signature: Signature, family: str, name: str
+) -> ComponentHeaders:
+    spec = FAMILIES[family].components[name]
+    check_kind(str(files.folder), spec, family)
+    headers = read_headers(files)
+    check_contents(headers, spec, name)
+    return headers
 
 
 def signature_of(folder: Path) -> Signature:
@@ -149,11 +172,15 @@ def signature_of(folder: Path) -> Signature:
     for file in folder.iterdir():
         if file.suffix in (".safetensors", ".json"):
             try:
-                state = file.stat()
+                found.append(_state_of(file))
             except OSError:
                 continue  # a link to nothing; reading it says so
-            found.append((file.name, state.st_mtime_ns, state.st_size))
     return tuple(sorted(found))
+
+
+def _state_of(file: Path) -> tuple[str, int, int]:
+    state = file.stat()
+    return file.name, state.st_mtime_ns, state.st_size
 
 
 @lru_cache(maxsize=64)
@@ -186,6 +213,8 @@ def _warn_of_rank(
 
 def _not_here(source: str, key: str, findings: Findings) -> None:
     """A hub id whose files aren't here. Said only where a folder was probably meant."""
+    if Path(source).expanduser().is_file():
+        return  # a single file, whose config the hub has
     near = nearest_entries(source, (Path.cwd(), REPOSITORY), keep=Path.is_dir)
     made = prepare_commands(findings.where(key), source)
     if made:
@@ -209,15 +238,19 @@ def _not_here(source: str, key: str, findings: Findings) -> None:
 def _note_source_error(error: SourceError, source: str, key: str, findings: Findings) -> None:
     """A checkpoint that can't be used is a fault; one that isn't here may be on another machine."""
     folder = Path(source).expanduser()
-    here = any((base / folder).is_dir() for base in (Path.cwd(), REPOSITORY))
+    here = any((base / folder).exists() for base in (Path.cwd(), REPOSITORY))
     if here:
         findings.faults.append(source_fault(key, error, findings.where, source))
         return
+    is_file = folder.suffix == ".safetensors"
+    hint = "a folder in the published layout, or a hub id such as Qwen/Qwen-Image."
     findings.missing(
         key,
         error.message,
-        hint="Correct it: a folder in the published layout, or a hub id such as Qwen/Qwen-Image.",
+        hint=error.hint if is_file else f"Correct it: {hint}",
         value=source,
-        nearest=nearest_entries(source, (Path.cwd(), REPOSITORY), keep=Path.is_dir),
-        allowed="a folder in the published layout, or a hub id",
+        nearest=nearest_entries(
+            source, (Path.cwd(), REPOSITORY), keep=Path.is_file if is_file else Path.is_dir
+        ),
+        allowed="a folder in the published layout, a hub id, or a .safetensors file",
     )

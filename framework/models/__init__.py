@@ -6,9 +6,9 @@ from collections.abc import Callable
 from difflib import get_close_matches
 
 from framework.errors import ConfigError, Fault
-from framework.models.base import Family, SampleSettings, TextConditioning
+from framework.models.base import Clip, Family, Sample, SampleSettings, TextConditioning
 
-__all__ = ["Family", "SampleSettings", "TextConditioning", "get_family"]
+__all__ = ["Clip", "Family", "Sample", "SampleSettings", "TextConditioning", "get_family"]
 
 
 def get_family(name: str) -> Family:
@@ -27,4 +27,48 @@ def _qwen_image() -> Family:
     return QwenImageFamily()
 
 
-_BUILDERS: dict[str, Callable[[], Family]] = {"qwen_image": _qwen_image}
+def _qwen_image_edit() -> Family:
+    from framework.models.qwen_image_edit import QwenImageEditFamily
+
+    return QwenImageEditFamily()
+
+
+def _z_image() -> Family:
+    from framework.models.z_image import ZImageFamily
+
+    return ZImageFamily()
+
+
+def _flux() -> Family:
+    from framework.models.flux import FluxFamily
+
+    return FluxFamily()
+
+
+def _wan2_1() -> Family:
+    from framework.models.wan2_1 import Wan21Family
+
+    return Wan21Family()
+
+
+def _wan2_2() -> Family:
+    from framework.models.wan2_2 import Wan22Family
+
+    return Wan22Family()
+
+
+def _sdxl() -> Family:
+    from framework.models.sdxl import SdxlFamily
+
+    return SdxlFamily()
+
+
+_BUILDERS: dict[str, Callable[[], Family]] = {
+    "qwen_image": _qwen_image,
+    "qwen_image_edit": _qwen_image_edit,
+    "sdxl": _sdxl,
+    "flux": _flux,
+    "z_image": _z_image,
+    "wan2_1": _wan2_1,
+    "wan2_2": _wan2_2,
+}

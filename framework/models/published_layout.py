@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -20,15 +22,22 @@ import torch
 from torch import Tensor, nn
 
 from framework.atomic import sync_path
-from framework.errors import PlanError
-from framework.inventory import StoredTensor, read_inventory
+from framework.errors import PlanError, SourceError
+from framework.inventory import (
+    StoredTensor,
+    file_variant,
+    find_index,
+    read_file_header,
+    read_inventory,
+)
 from framework.plan.match import module_name
-from framework.plan.published import read_published
+from framework.plan.native_names import read_component
 from framework.schema.families import ComponentSpec
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _COPY_BYTES = 1 << 22
+_SHARD = re.compile(r"-\d{5}-of-\d{5}")
 
 
 @dataclass(frozen=True)
@@ -54,22 +63,26 @@ def save_component(
     folder: Path,
     *,
     source_folder: Path,
+    source_files: Sequence[Path] | None = None,
     storage_dtype: torch.dtype | None = None,
 ) -> None:
     """Write `module` as `folder`, with the file names, keys and configs of `source_folder`.
 
+    source_files: that it was loaded from; None for those of the folder. What they call it otherwise than published, or
+    hold beside it, is written in published names as one file; and no file is named after a variant.
     storage_dtype: of the trained tensors; None keeps each one's published dtype (bf16 for FP8
     files). Tensors that the family never loads are copied byte for byte. An existing `folder` is
     replaced.
     Raises PlanError where the module's tensors and the published ones aren't the same set.
     """
-    entries = _pair(spec, module, source_folder, storage_dtype)
+    inventory = _inventory(source_folder, source_files)
+    entries = _pair(spec, module, inventory, source_folder, storage_dtype)
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         for file, contents in entries.items():
             _write_file(staging / file, contents)
-        _write_configs(source_folder, staging, entries)
+        _write_configs(source_folder, staging, entries, source_files)
         staging.chmod(0o755)
         sync_path(staging)
         _replace_folder(staging, folder)
@@ -77,43 +90,81 @@ def save_component(
         shutil.rmtree(staging, ignore_errors=True)
 
 
+def _inventory(folder: Path, files: Sequence[Path] | None) -> dict[str, StoredTensor]:
+    if files is None:
+        return read_inventory(folder)
+    with suppress(SourceError):
+        # Files of the folder itself that hold only what is never loaded belong to it all the same.
+        whole = read_inventory(folder)
+        if set(files) <= {Path(tensor.file) for tensor in whole.values()}:
+            return whole
+    return {key: tensor for file in files for key, tensor in read_file_header(file).items()}
+
+
 def _pair(
-    spec: ComponentSpec, module: nn.Module, source: Path, storage_dtype: torch.dtype | None
+    spec: ComponentSpec,
+    module: nn.Module,
+    inventory: Mapping[str, StoredTensor],
+    folder: Path,
+    storage_dtype: torch.dtype | None,
 ) -> dict[str, list[_Entry]]:
     """File -> entries: each published tensor with its trained values, if it has any."""
     trained = module.state_dict()
     unsaved = set(trained)
     entries: dict[str, list[_Entry]] = {}
-    inventory = read_inventory(source)
-    published = read_published(inventory, ignored_keys=spec.ignored_keys)
-    names = {stored.key: module_name(key, spec) for key, stored in published.tensors.items()}
-    for key, stored in inventory.items():
-        name = names.get(key)
-        if name is None and module_name(key, spec) is not None:
-            continue  # a scale beside FP8 weights, which the trained ones don't have
+    for key, stored, name in _published(spec, inventory):
         values = None if name is None else trained.get(name)
         if name is not None and (values is None or tuple(values.shape) != tuple(stored.shape)):
             found = "nothing" if values is None else f"shape {tuple(values.shape)}"
             raise PlanError(
                 f"the trained {spec.subfolder} has no {name} of shape {tuple(stored.shape)}",
-                where=str(source / Path(stored.file).name),
+                where=stored.file,
                 found=found,
             )
         unsaved.discard(name or "")
-        # The name alone, so that nothing can be written outside the new folder.
-        file = Path(stored.file).name
         dtype_name = stored.dtype
         if values is not None:
             dtype = storage_dtype or _DTYPES.get(stored.dtype, torch.bfloat16)
             dtype_name = _NAMES[dtype]
-        entries.setdefault(file, []).append(_Entry(key, stored, source / file, values, dtype_name))
+        file = _file_name(spec, stored, folder, is_published=key == stored.key)
+        entry = _Entry(key, stored, Path(stored.file), values, dtype_name)
+        entries.setdefault(file, []).append(entry)
     if unsaved:
         raise PlanError(
             f"the published {spec.subfolder} has no place for {', '.join(sorted(unsaved)[:5])}",
-            where=str(source),
+            where=str(folder),
             hint="only a component that trains in full is saved so; a LoRA is saved by itself",
         )
     return entries
+
+
+def _published(
+    spec: ComponentSpec, inventory: Mapping[str, StoredTensor]
+) -> Iterator[tuple[str, StoredTensor, str | None]]:
+    """Key to write, stored tensor and name in the module, which what the family never loads lacks.
+
+    Scales beside FP8 weights are left out, for the trained ones have none.
+    """
+    published = read_component(inventory, spec)
+    if any(stored.key != key for key, stored in published.tensors.items()):
+        for key, stored in published.tensors.items():
+            yield key, stored, module_name(key, spec)
+        return
+    for key, stored in inventory.items():
+        if key in published.tensors or module_name(key, spec) is None:
+            yield key, stored, module_name(key, spec)
+
+
+def _file_name(
+    spec: ComponentSpec, stored: StoredTensor, folder: Path, *, is_published: bool
+) -> str:
+    """File to write a tensor to: the name alone, so that nothing can be written outside the new folder."""
+    file = Path(stored.file)
+    if not is_published or file.parent != folder:
+        is_diffusers = spec.kind[0] == "_class_name"
+        return f"{'diffusion_pytorch_model' if is_diffusers else 'model'}.safetensors"
+    variant = file_variant(file.name)
+    return file.name if variant is None else file.name.replace(f".{variant}", "", 1)
 
 
 def _write_file(path: Path, entries: Sequence[_Entry]) -> None:
@@ -156,22 +207,32 @@ def _write_tensor(file: BinaryIO, entry: _Entry) -> None:
             left -= len(chunk)
 
 
-def _write_configs(source: Path, staging: Path, entries: Mapping[str, Sequence[_Entry]]) -> None:
-    """Copy the published configs; the index gets the new total size."""
-    total = sum(entry.num_bytes for contents in entries.values() for entry in contents)
+def _write_configs(
+    source: Path,
+    staging: Path,
+    entries: Mapping[str, Sequence[_Entry]],
+    source_files: Sequence[Path] | None,
+) -> None:
+    """Copy the published configs; where weights were in several files, write an index of them."""
     for path in sorted(source.glob("*.json")):
-        target = staging / path.name
-        if path.name.endswith(".safetensors.index.json"):
-            index = json.loads(path.read_text(encoding="utf-8"))
-            written = {entry.key for contents in entries.values() for entry in contents}
-            index["weight_map"] = {
-                key: file for key, file in index["weight_map"].items() if key in written
-            }
-            index["metadata"] = {**(index.get("metadata") or {}), "total_size": total}
-            target.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        else:
-            shutil.copyfile(path, target)
-        sync_path(target)
+        if ".safetensors.index" not in path.name:
+            shutil.copyfile(path, staging / path.name)
+            sync_path(staging / path.name)
+    first = min(entries)
+    plain = _SHARD.sub("", first)
+    if plain == first:
+        return
+    variant = None if source_files is None else file_variant(source_files[0].name)
+    index = find_index(source, variant=variant)
+    said = {} if index is None else json.loads(index.read_text(encoding="utf-8"))
+    total = sum(entry.num_bytes for contents in entries.values() for entry in contents)
+    said["metadata"] = {**(said.get("metadata") or {}), "total_size": total}
+    said["weight_map"] = {
+        entry.key: file for file, contents in sorted(entries.items()) for entry in contents
+    }
+    target = staging / f"{plain}.index.json"
+    target.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+    sync_path(target)
 
 
 def _replace_folder(staging: Path, folder: Path) -> None:

@@ -9,7 +9,6 @@ width.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,10 @@ from framework.models.base import (
     device_of,
     input_dtype,
 )
+from framework.models.latent_packing import PATCH as PATCH
+from framework.models.latent_packing import pack_latents as pack_latents
+from framework.models.latent_packing import unpack_latents as unpack_latents
+from framework.models.published_config import check_kind, read_config, read_tokenizer, untyped
 from framework.models.published_layout import save_component
 from framework.schema.families import QWEN_IMAGE
 
@@ -41,8 +44,8 @@ PROMPT_TEMPLATE = (
 NUM_DROPPED_TOKENS = 34
 MAX_TEXT_TOKENS = 1024
 VAE_SCALE = 8
-PATCH = 2
 LATENT_CHANNELS = 16
+FAMILY = QWEN_IMAGE.name
 
 
 class QwenImageFamily(Family):
@@ -61,27 +64,31 @@ class QwenImageFamily(Family):
         take no part in encoding text. Both generations of its config are read: nested `text_config`
         or flat.
         """
-        values = _read_config(folder / "config.json")
+        values = read_config(folder / "config.json")
         if component == "dit":
             _check_dit(values, folder)
-            dit: nn.Module = _any(QwenImageTransformer2DModel).from_config(values)
+            dit: nn.Module = untyped(QwenImageTransformer2DModel).from_config(values)
             return dit
         if component == "vae":
             _check_vae(values, folder)
-            vae: nn.Module = _any(AutoencoderKLQwenImage).from_config(values)
+            vae: nn.Module = untyped(AutoencoderKLQwenImage).from_config(values)
             return vae
         if component == "text_encoder":
-            _check_kind(values.get("model_type"), "qwen2_5_vl", folder)
+            check_kind(values.get("model_type"), "qwen2_5_vl", folder, family=FAMILY)
             config: Any = Qwen2_5_VLConfig.from_dict(values).text_config
             return Qwen2_5_VLTextModel(config)
         raise ValueError(f"Qwen-Image has no component {component!r}")
 
-    def load_extras(self, tokenizer_folder: Path, scheduler_folder: Path) -> None:
+    def load_extras(self, folders: Mapping[str, Path]) -> None:
         """Read the tokenizer and the scheduler's config from the published folders."""
-        path = scheduler_folder / "scheduler_config.json"
-        values = _read_config(path)
-        _check_kind(values.get("_class_name"), "FlowMatchEulerDiscreteScheduler", path)
-        self._tokenizer = _read_tokenizer(tokenizer_folder)
+        path = folders["scheduler"] / "scheduler_config.json"
+        values = read_config(path)
+        check_kind(
+            values.get("_class_name"), "FlowMatchEulerDiscreteScheduler", path, family=FAMILY
+        )
+        self._tokenizer = read_tokenizer(
+            Qwen2Tokenizer, folders["tokenizer"], frame_token="<|im_start|>"
+        )
         self._scheduler_config = values
 
     @property
@@ -98,13 +105,20 @@ class QwenImageFamily(Family):
             raise RuntimeError("call load_extras before the scheduler is asked for")
         return self._scheduler_config
 
-    def encode_text(self, prompts: Sequence[str], text_encoder: nn.Module) -> TextConditioning:
+    def encode_text(
+        self,
+        prompts: Sequence[str],
+        encoders: Mapping[str, nn.Module],
+        *,
+        controls: Sequence[Sequence[Image.Image]] = (),
+    ) -> TextConditioning:
         """Encode captions inside the pipeline's prompt template; at most 1024 tokens count.
 
         Returns embeds (B, L, D) in the text encoder's dtype. The last hidden state is taken after
         the final norm, and the template's first 34 tokens are dropped. An empty caption is the
         template alone.
         """
+        text_encoder = encoders["text_encoder"]
         texts = [PROMPT_TEMPLATE.format(prompt) for prompt in prompts]
         limit = MAX_TEXT_TOKENS + NUM_DROPPED_TOKENS
         tokens = self.tokenizer(
@@ -127,9 +141,10 @@ class QwenImageFamily(Family):
         return min(longest - NUM_DROPPED_TOKENS, MAX_TEXT_TOKENS)
 
     def rehearse_text(
-        self, num_tokens: int, text_encoder: nn.Module, *, batch_size: int = 1
+        self, num_tokens: int, encoders: Mapping[str, nn.Module], *, batch_size: int = 1
     ) -> TextConditioning:
         """Encode made-up tokens; see `Family.rehearse_text`. Captions of one length need no mask."""
+        text_encoder = encoders["text_encoder"]
         device = device_of(text_encoder)
         length = num_tokens + NUM_DROPPED_TOKENS
         ids = torch.zeros(batch_size, length, dtype=torch.long, device=device)
@@ -144,18 +159,27 @@ class QwenImageFamily(Family):
         collated = TextConditioning.collate(rows)
         return TextConditioning(collated.embeds, collated.mask, padded=batch_size > 1)
 
+    def blank_text(
+        self, num_tokens: int, dit: nn.Module, *, batch_size: int = 1, device: torch.device
+    ) -> TextConditioning:
+        """Random embeddings of one length; see `Family.blank_text`."""
+        width = int(untyped(dit).config.joint_attention_dim)
+        embeds = torch.randn(batch_size, num_tokens, width, device=device)
+        mask = torch.ones(batch_size, num_tokens, dtype=torch.bool, device=device)
+        return TextConditioning(embeds, mask, padded=batch_size > 1)
+
     def encode_image(self, pixels: Tensor, vae: nn.Module) -> Tensor:
         """Normalised latents (B, C, H/8, W/8) float32 of pixels (B, 3, H, W) in [-1, 1]."""
         mean, std = _latent_statistics(vae)
         frames = pixels[:, :, None].to(device_of(vae), input_dtype(vae))
-        latents: Tensor = _any(vae).encode(frames).latent_dist.mode()[:, :, 0]
+        latents: Tensor = untyped(vae).encode(frames).latent_dist.mode()[:, :, 0]
         return (latents.float() - mean) / std
 
     def decode_image(self, latents: Tensor, vae: nn.Module) -> Tensor:
         """Pixels (B, 3, 8h, 8w) float32 in [-1, 1] of normalised latents (B, C, h, w)."""
         mean, std = _latent_statistics(vae)
         frames = latents.to(device_of(vae), torch.float32) * std + mean
-        pixels: Tensor = _any(vae).decode(
+        pixels: Tensor = untyped(vae).decode(
             frames[:, :, None].to(input_dtype(vae)), return_dict=False
         )[0]
         return pixels[:, :, 0].float().clamp(-1, 1)
@@ -168,18 +192,26 @@ class QwenImageFamily(Family):
         Decoder and post-quant convolution are called directly because `vae.decode` clamps.
         """
         frames = pixels[:, :, None].to(device_of(vae), input_dtype(vae))
-        posterior = _any(vae).encode(frames).latent_dist
+        posterior = untyped(vae).encode(frames).latent_dist
         mean, logvar = posterior.mean[:, :, 0].float(), posterior.logvar[:, :, 0].float()
         latents = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise.to(mean)
-        decoded = _any(vae).decoder(_any(vae).post_quant_conv(latents[:, :, None].to(frames.dtype)))
+        decoded = untyped(vae).decoder(
+            untyped(vae).post_quant_conv(latents[:, :, None].to(frames.dtype))
+        )
         return decoded[:, :, 0].float(), mean, logvar
 
     def predict(
-        self, noisy: Tensor, sigma: Tensor, text: TextConditioning, dit: nn.Module
+        self,
+        noisy: Tensor,
+        time: Tensor,
+        text: TextConditioning,
+        dit: nn.Module,
+        *,
+        guidance: float | None = None,
     ) -> Tensor:
         """Velocity `noise - x0` (B, C, h, w) float32; h and w must be even.
 
-        The DiT is fed sigma itself as its time (the scheduler's timestep / 1000). A mask without
+        The DiT is fed the noise level itself as its time (the scheduler's timestep / 1000). A mask without
         padding is left out, as the pipeline does, because attention without a mask has faster
         kernels.
         """
@@ -188,7 +220,7 @@ class QwenImageFamily(Family):
         text = text.to(device, dtype)
         packed = dit(
             hidden_states=pack_latents(noisy).to(device, dtype),
-            timestep=sigma.to(device, torch.float32),
+            timestep=time.to(device, torch.float32),
             encoder_hidden_states=text.embeds,
             encoder_hidden_states_mask=text.mask if text.is_padded else None,
             img_shapes=[[(1, height // PATCH, width // PATCH)]] * noisy.shape[0],
@@ -196,16 +228,14 @@ class QwenImageFamily(Family):
         )[0]
         return unpack_latents(packed.float(), height, width)
 
-    def text_width(self, dit: nn.Module) -> int:
-        """Width of the text encoder's hidden states that this DiT was made for."""
-        return int(_any(dit).config.joint_attention_dim)
-
     def image_tokens(self, width_px: int, height_px: int) -> int:
         """One token per 16 x 16 px."""
         divisor = self.spec.size_divisor_px
         return (width_px // divisor) * (height_px // divisor)
 
-    def initial_latents(self, width_px: int, height_px: int, seed: int) -> Tensor:
+    def initial_latents(
+        self, width_px: int, height_px: int, seed: int, *, num_frames: int = 1
+    ) -> Tensor:
         """Noise (1, 16, H/8, W/8) float32, the same as the pipeline draws from a CPU generator."""
         generator = torch.Generator("cpu").manual_seed(seed)
         shape = (1, LATENT_CHANNELS, height_px // VAE_SCALE, width_px // VAE_SCALE)
@@ -248,91 +278,19 @@ class QwenImageFamily(Family):
         )
 
 
-def pack_latents(latents: Tensor) -> Tensor:
-    """Fold each 2 x 2 patch into one token: (B, C, h, w) -> (B, h/2 * w/2, 4C)."""
-    batch, channels, height, width = latents.shape
-    patches = latents.reshape(batch, channels, height // PATCH, PATCH, width // PATCH, PATCH)
-    return patches.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * PATCH * PATCH)
-
-
-def unpack_latents(tokens: Tensor, height: int, width: int) -> Tensor:
-    """Undo `pack_latents`: (B, h/2 * w/2, 4C) -> (B, C, h, w)."""
-    batch, _, features = tokens.shape
-    channels = features // (PATCH * PATCH)
-    patches = tokens.reshape(batch, height // PATCH, width // PATCH, channels, PATCH, PATCH)
-    return patches.permute(0, 3, 1, 4, 2, 5).reshape(batch, channels, height, width)
-
-
 def _latent_statistics(vae: nn.Module) -> tuple[Tensor, Tensor]:
     """Published mean and standard deviation of the latents, each (1, C, 1, 1) float32."""
     device = device_of(vae)
     f32 = torch.float32
-    config = _any(vae).config
+    config = untyped(vae).config
     mean = torch.tensor(config.latents_mean, dtype=f32, device=device).view(1, -1, 1, 1)
     std = torch.tensor(config.latents_std, dtype=f32, device=device).view(1, -1, 1, 1)
     return mean, std
 
 
-def _any(module: object) -> Any:
-    """Lift the type of a module or class whose own methods aren't typed."""
-    return module
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise SourceError(
-            "the config file is missing", where=str(path), hint="fetch the checkpoint again"
-        ) from error
-    except ValueError as error:
-        raise SourceError("the config isn't JSON", where=str(path), found=str(error)) from error
-    if not isinstance(values, dict):
-        raise SourceError("the config isn't a JSON object", where=str(path))
-    return values
-
-
-def _read_tokenizer(folder: Path) -> Qwen2Tokenizer:
-    if not folder.is_dir():
-        raise SourceError(
-            "the tokenizer is missing", where=str(folder), hint="fetch the checkpoint again"
-        )
-    try:
-        tokenizer: Qwen2Tokenizer = Qwen2Tokenizer.from_pretrained(
-            str(folder), local_files_only=True
-        )
-        # From a folder without a vocabulary transformers makes an empty tokenizer and says nothing.
-        frame_token = tokenizer("<|im_start|>").input_ids
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise SourceError(
-            "the tokenizer can't be read",
-            where=str(folder),
-            found=str(error),
-            hint="fetch the checkpoint's tokenizer folder again",
-        ) from error
-    if len(frame_token) != 1:
-        raise SourceError(
-            "the tokenizer can't be read",
-            where=str(folder),
-            found=f"<|im_start|>, which frames every caption, is {len(frame_token)} tokens, not 1",
-            hint="fetch the checkpoint's tokenizer folder again",
-        )
-    return tokenizer
-
-
-def _check_kind(found: object, expected: str, where: Path) -> None:
-    if found != expected:
-        raise SourceError(
-            f"this is no {expected}",
-            where=str(where),
-            found=repr(found),
-            hint="give model.source a checkpoint of the family qwen_image",
-        )
-
-
 def _check_dit(values: Mapping[str, Any], folder: Path) -> None:
     """Refuse variants of the DiT that need inputs which text-to-image doesn't have."""
-    _check_kind(values.get("_class_name"), "QwenImageTransformer2DModel", folder)
+    check_kind(values.get("_class_name"), "QwenImageTransformer2DModel", folder, family=FAMILY)
     for key in ("guidance_embeds", "use_additional_t_cond", "use_layer3d_rope"):
         if values.get(key):
             raise SourceError(
@@ -350,7 +308,7 @@ def _check_dit(values: Mapping[str, Any], folder: Path) -> None:
 
 
 def _check_vae(values: Mapping[str, Any], folder: Path) -> None:
-    _check_kind(values.get("_class_name"), "AutoencoderKLQwenImage", folder)
+    check_kind(values.get("_class_name"), "AutoencoderKLQwenImage", folder, family=FAMILY)
     scale = 2 ** len(values.get("temperal_downsample", (0, 0, 0)))
     channels = values.get("z_dim", LATENT_CHANNELS)
     if scale != VAE_SCALE or channels != LATENT_CHANNELS:

@@ -1,16 +1,8 @@
-"""Make pictures by diffusers' own QwenImagePipeline, whatever form the modules' weights are in.
-
-The pipeline asks its modules for `dtype` and hands them tensors of that dtype. Ours may hold FP8
-codes, bf16 norms and float32 adapters at once, so each is shown to the pipeline through a thin
-stand-in that takes float32, casts to what the module computes in, and returns float32. Latents
-therefore stay float32 between steps; where the modules are float32 too, the result is the
-pipeline's to the bit.
-"""
+"""Make pictures by diffusers' own QwenImagePipeline; see `framework/models/pipeline_sampling.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,37 +10,20 @@ from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 from PIL import Image
 from torch import Tensor, nn
 
-from framework.models.base import (
-    SampleSettings,
-    StepCallback,
-    TextConditioning,
-    device_of,
-    evaluating,
-    input_dtype,
+from framework.models.base import SampleSettings, StepCallback, TextConditioning
+from framework.models.pipeline_sampling import (
+    FloatStandIn,
+    VaeStandIn,
+    check_request,
+    make_one_by_one,
+    negative_row,
 )
 
 if TYPE_CHECKING:
     from framework.models.qwen_image import QwenImageFamily
 
 
-class _FloatStandIn(nn.Module):
-    """What the pipeline sees in place of a module: float32 on the module's device, with its config."""
-
-    dtype = torch.float32
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner: Any = inner
-        self.device = device_of(inner)
-        self.input_dtype = input_dtype(inner)
-
-    @property
-    def config(self) -> Any:
-        """The published config of the module."""
-        return self.inner.config
-
-
-class _Dit(_FloatStandIn):
+class _Dit(FloatStandIn):
     """Stands in for the transformer."""
 
     def forward(
@@ -69,27 +44,14 @@ class _Dit(_FloatStandIn):
         )
         return (output[0].float(),)
 
-    @contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
-        """Pass the pipeline's hint on, for modules that keep a cache between steps."""
-        with self.inner.cache_context(name):
-            yield
 
-
-class _Vae(_FloatStandIn):
+class _Vae(VaeStandIn):
     """Stands in for the autoencoder."""
 
     @property
     def temperal_downsample(self) -> list[bool]:
         """The pipeline works out the size of latents from its length (the spelling is the model's)."""
         return list(self.inner.temperal_downsample)
-
-    def decode(self, latents: Tensor, return_dict: bool = True) -> tuple[Tensor]:
-        """Decode in the module's own dtype."""
-        if return_dict:
-            raise ValueError("the stand-in returns tuples only")
-        decoded = self.inner.decode(latents.to(self.input_dtype), return_dict=False)
-        return (decoded[0].float(),)
 
 
 def sample_pictures(
@@ -101,18 +63,9 @@ def sample_pictures(
     *,
     on_step: StepCallback | None = None,
 ) -> list[Image.Image]:
-    """Make one picture per caption, one after another, so that memory doesn't grow with their number.
-
-    Raises ValueError where guidance asks for a negative caption and there is none, or where the
-    size isn't a multiple of the family's divisor (the configuration is checked for it long before).
-    """
+    """Make one picture per caption; raises what `check_request` raises."""
     width, height = settings.size_px
-    divisor = family.spec.size_divisor_px
-    if width % divisor or height % divisor:
-        raise ValueError(f"width and height must be multiples of {divisor}, not {width} x {height}")
-    guided = settings.guidance_scale > 1
-    if guided and (negative is None or len(negative) not in (1, len(positive))):
-        raise ValueError("guidance needs one negative caption, or one for each caption")
+    guided = check_request(family.spec, positive, negative, settings)
     dit, vae = _Dit(modules["dit"]), _Vae(modules["vae"])
     untyped_scheduler: Any = FlowMatchEulerDiscreteScheduler
     untyped_pipeline: Any = QwenImagePipeline
@@ -124,23 +77,22 @@ def sample_pictures(
         transformer=dit,
     )
     pipeline.set_progress_bar_config(disable=True)
-    steps_in_all = len(positive) * settings.num_inference_steps
-    pictures: list[Image.Image] = []
-    with evaluating((modules["dit"], modules["vae"])):
-        for index in range(len(positive)):
-            done = index * settings.num_inference_steps
-            prompts = _captions(positive, negative if guided else None, index, dit.device)
-            pictures += pipeline(
-                **prompts,
-                latents=_packed_noise(family, settings, index),
-                true_cfg_scale=settings.guidance_scale if guided else 1.0,
-                width=width,
-                height=height,
-                num_inference_steps=settings.num_inference_steps,
-                max_sequence_length=1024,
-                callback_on_step_end=_step_reporter(on_step, done, steps_in_all),
-            ).images
-    return pictures
+
+    def make(index: int, report: Any) -> list[Image.Image]:
+        pictures: list[Image.Image] = pipeline(
+            **_captions(positive, negative if guided else None, index, dit.device),
+            latents=_packed_noise(family, settings, index),
+            true_cfg_scale=settings.guidance_scale if guided else 1.0,
+            width=width,
+            height=height,
+            num_inference_steps=settings.num_inference_steps,
+            max_sequence_length=1024,
+            callback_on_step_end=report,
+        ).images
+        return pictures
+
+    used = {"dit": modules["dit"], "vae": modules["vae"]}
+    return make_one_by_one(make, used, len(positive), settings, on_step)
 
 
 def _captions(
@@ -153,7 +105,7 @@ def _captions(
     row = positive.row(index).to(device, torch.float32)
     arguments = {"prompt_embeds": row.embeds, "prompt_embeds_mask": row.mask.long()}
     if negative is not None:
-        row = negative.row(index if len(negative) > 1 else 0).to(device, torch.float32)
+        row = negative_row(negative, index).to(device, torch.float32)
         arguments["negative_prompt_embeds"] = row.embeds
         arguments["negative_prompt_embeds_mask"] = row.mask.long()
     return arguments
@@ -177,17 +129,3 @@ def _packed_noise(family: QwenImageFamily, settings: SampleSettings, index: int)
 
     width, height = settings.size_px
     return pack_latents(family.initial_latents(width, height, settings.seed + index))
-
-
-def _step_reporter(on_step: StepCallback | None, done: int, in_all: int) -> Any:
-    """Turn the pipeline's callback into (steps done, steps in all); None where nobody listens."""
-    if on_step is None:
-        return None
-
-    def report(
-        _pipeline: Any, step: int, _timestep: Any, _tensors: dict[str, Any]
-    ) -> dict[str, Any]:
-        on_step(done + step + 1, in_all)
-        return {}
-
-    return report

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from framework.errors import ConfigError, Fault, SourceError
 from framework.hub import ComponentHeaders, locate_headers, read_component_config
 from framework.plan.component import ComponentBuilder
+from framework.plan.native_names import check_contents
 from framework.plan.phases import plan_phases
 from framework.plan.types import Phase, Purpose, VramPlan
 from framework.schema.families import FAMILIES, ComponentSpec
@@ -77,48 +78,65 @@ def build_run_plan(config: RunConfig, *, device: str) -> VramPlan:
 
 
 def build_inference_plan(model: ModelConfig, *, device: str) -> VramPlan:
-    """Plan a generation: the text encoder is used and dropped before DiT and VAE are loaded; everything is frozen."""
+    """Plan a generation: text encoders are used and dropped before denoisers and VAE are loaded; all is frozen."""
+    resident = inference_residents(model)
     return build_plan(
         model,
         purpose="infer",
-        phases=("encode", "sample"),
-        resident={"encode": ("text_encoder",), "sample": ("dit", "vae")},
+        phases=tuple(resident),
+        resident=resident,
         device=device,
     )
+
+
+def inference_residents(model: ModelConfig) -> dict[Phase, tuple[str, ...]]:
+    """Phase -> components that it holds in a generation."""
+    spec = FAMILIES[model.family]
+    return {
+        "encode": _ordered(set(spec.text_encoders), model.components),
+        "sample": _ordered({*spec.denoisers, "vae"}, model.components),
+    }
 
 
 def run_residents(config: RunConfig) -> dict[Phase, tuple[str, ...]]:
     """Phase -> components that it holds, in the order of the run; phases that the run doesn't have are left out.
 
     encode: with `data.cache`, the frozen encoders (a trained one gives other results after each step and is never
-    cached).   train: what trains, the DiT if it or the text encoder trains, and without cache the encoders.
-    sample: DiT and VAE, and a text encoder that trains; a frozen one has encoded the prompts by then.
+    cached).   train: what trains, a denoiser if it or a text encoder trains, and without cache the encoders.
+    sample: denoisers and VAE, and text encoders that train; frozen ones have encoded the prompts by then.
     """
-    components = config.model.components
+    components, spec = config.model.components, FAMILIES[config.model.family]
     trained = {name for name, part in components.items() if part.trainable != "none"}
-    trains_flow = bool(trained & {"dit", "text_encoder"})
+    text_encoders = set(spec.text_encoders)
+    trains_flow = bool(trained & {*spec.denoisers, *text_encoders})
     samples = bool(config.sample.prompts)
     # Training the VAE alone needs neither captions nor latents; samples need their prompts encoded.
-    encoders = {
-        name
-        for name, used in (("text_encoder", trains_flow or samples), ("vae", trains_flow))
-        if used
-    }
+    encoders = text_encoders if trains_flow or samples else set()
+    if trains_flow:
+        encoders = encoders | {"vae"}
     train = set(trained)
     if trains_flow:
-        train.add("dit")
+        train.add(trained_denoiser(config.model))
     if not config.data.cache:
         train |= encoders
+    # Captions are encoded by all text encoders together: one that trains needs the others at its side.
+    if trained & text_encoders:
+        train |= text_encoders
+        encoders = encoders - text_encoders
     resident: dict[Phase, tuple[str, ...]] = {}
     if config.data.cache and encoders - trained:
         resident["encode"] = _ordered(encoders - trained, components)
     resident["train"] = _ordered(train, components)
     if samples:
-        live_text = "text_encoder" in train
-        resident["sample"] = _ordered(
-            {"dit", "vae"} | ({"text_encoder"} if live_text else set()), components
-        )
+        live_text = text_encoders if text_encoders & train else set()
+        resident["sample"] = _ordered({*spec.denoisers, "vae"} | live_text, components)
     return resident
+
+
+def trained_denoiser(model: ModelConfig) -> str:
+    """The denoiser that a run's loss goes through: the one that trains, else the first."""
+    names = FAMILIES[model.family].denoisers
+    return next((n for n in names if model.components[n].trainable != "none"), names[0])
 
 
 def _ordered(names: set[str], components: Mapping[str, object]) -> tuple[str, ...]:
@@ -135,11 +153,17 @@ def _locate_all(model: ModelConfig, names: list[str]) -> dict[str, ComponentHead
     headers: dict[str, ComponentHeaders] = {}
     errors: dict[str, tuple[str, SourceError]] = {}
     for name in names:
+        part = spec.components[name]
         try:
             headers[name] = locate_headers(
-                _source_of(model, name), spec.components[name].subfolder, revision=model.revision
+                _source_of(model, name),
+                part.subfolder,
+                revision=model.revision,
+                config_source=model.source,
+                variant=model.variant,
             )
-            check_kind(headers[name].place, spec.components[name], model.family)
+            check_kind(headers[name].place, part, model.family)
+            check_contents(headers[name], part, name)
         except SourceError as error:
             own = model.components[name].source is not None
             errors.setdefault(
@@ -149,7 +173,19 @@ def _locate_all(model: ModelConfig, names: list[str]) -> dict[str, ComponentHead
         raise next(iter(errors.values()))[1]
     if errors:
         raise ConfigError([_as_fault(path, error) for path, error in errors.values()])
+    if model.variant is not None and all(found.variant is None for found in headers.values()):
+        raise ConfigError([_unused_variant(model.variant)])
     return headers
+
+
+def _unused_variant(variant: str) -> Fault:
+    return Fault(
+        path="model.variant",
+        message=f'no component was published in a variant, so there is no "{variant}"',
+        hint="Set it to null.",
+        code="file",
+        value=variant,
+    )
 
 
 def check_kind(place: str, spec: ComponentSpec, family: str) -> None:

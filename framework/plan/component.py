@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from framework.errors import Fault
+from framework.errors import Fault, SourceError
 from framework.hub import ComponentHeaders
 from framework.plan.match import matches_any, module_name, select_layers, tensor_kind
+from framework.plan.native_names import read_component
 from framework.plan.optimizer_state import optimizer_state_bytes
-from framework.plan.published import published_scaling, read_published
+from framework.plan.preset import read_preset
+from framework.plan.preset_plan import PresetPlan
+from framework.plan.published import published_scaling
 from framework.plan.types import (
     BLOCK_SHAPE,
     ComponentPlan,
@@ -82,7 +86,7 @@ class ComponentBuilder:
     def _tensors(self) -> list[TensorPlan]:
         """Every tensor that the family loads, in the order in which it lies in the files."""
         planned: dict[str, TensorPlan] = {}
-        published = read_published(self.headers.tensors, ignored_keys=self.spec.ignored_keys)
+        published = read_component(self.headers.tensors, self.spec)
         for problem in published.problems:
             self._fault(
                 "source",
@@ -115,6 +119,7 @@ class ComponentBuilder:
                 source_dtype=stored.dtype,
                 kind=tensor_kind(name, stored.shape, self.spec),
                 published_scale=published.scales.get(key),
+                excerpt=stored.excerpt,
             )
         return list(planned.values())
 
@@ -247,7 +252,20 @@ class ComponentBuilder:
             use_dora=config.use_dora,
             init_from=config.init_from,
             layers=tuple(layers),
+            preset=self._preset(config, candidates),
         )
+
+    def _preset(self, config: LoraConfig, layers: Mapping[str, TensorPlan]) -> PresetPlan | None:
+        """The frozen adapter under the one that trains; generating does without it."""
+        if config.preset is None or self.purpose == "infer":
+            return None
+        try:
+            shapes = {name: tensor.shape for name, tensor in layers.items()}
+            return read_preset(Path(config.preset).expanduser(), self.name, self.spec, shapes)
+        except SourceError as error:
+            message = f"{error.message} ({'; '.join(t for t in (error.where, error.found) if t)})"
+            self._fault("lora.preset", message, hint=f"{error.hint}, or set it to null.")
+            return None
 
     def _refuse_convolutions_3d(self, chosen: set[str], candidates: dict[str, TensorPlan]) -> None:
         """A causal 3-D convolution pads its own input, and peft makes no adapter for such a class."""

@@ -15,7 +15,8 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from framework.plan.build import run_residents
+from framework.plan.build import run_residents, trained_denoiser
+from framework.schema.families import DENOISERS
 from framework.schema.model import (
     ComponentConfig,
     DitConfig,
@@ -38,8 +39,6 @@ ONCE_SHARE = 0.02
 # How much each value saves on the device, least first.
 _PRECISIONS: tuple[Precision, ...] = ("bf16", "fp8")
 _GRANULARITIES: tuple[Granularity, ...] = ("model", "block", "layer")
-# Components with linear layers, which are what FP8 stores unless a configuration says otherwise.
-_FP8_COMPONENTS = ("dit", "text_encoder")
 
 
 @dataclass(frozen=True)
@@ -103,13 +102,14 @@ class Freedom:
     written: dotted paths below `model` that the configuration sets itself, e.g. "dit.precision".
     offloads: places that save device memory here; host memory doesn't where it is the device's own.
     trained: components whose `trainable` counts; none of them for inference.
-    shares: component -> its share in the time of a step.
+    shares: component -> its share in the time of a step.   denoiser: the one that training goes through.
     """
 
     written: frozenset[str]
     offloads: tuple[Offload, ...]
     trained: frozenset[str]
     shares: Mapping[str, float]
+    denoiser: str = "dit"
 
     def choices(self, model: ModelConfig) -> list[Choice]:
         """Every combination, the cheapest first; among equals the one that changes least."""
@@ -140,7 +140,8 @@ class Freedom:
         present = _present(part)
         full = name in self.trained and part.trainable == "full"
         precisions: tuple[Precision, ...] = (present.precision,)
-        if name in _FP8_COMPONENTS and not full and not self._is_written(name, "precision"):
+        # A VAE has hardly a linear layer, which is what FP8 stores unless a configuration says otherwise.
+        if name != "vae" and not full and not self._is_written(name, "precision"):
             precisions = _PRECISIONS
         offloads: tuple[Offload, ...] = (present.offload,)
         if not full and not self._is_written(name, "offload"):
@@ -158,13 +159,12 @@ class Freedom:
         if offload == "none" or self._is_written(name, "granularity"):
             return (present.granularity,)
         # The transformer is the largest part: fetched as a whole it would need as much as at rest.
-        return _GRANULARITIES[1:] if name == "dit" else _GRANULARITIES
+        return _GRANULARITIES[1:] if name in DENOISERS else _GRANULARITIES
 
     def _may_checkpoint(self, name: str) -> bool:
-        through_dit = self.trained & {"dit", "text_encoder"}
         return (
-            name == "dit"
-            and bool(through_dit)
+            name == self.denoiser
+            and bool(self.trained - {"vae"})
             and not self._is_written(name, "gradient_checkpointing")
         )
 
@@ -214,6 +214,8 @@ def with_keys(model: ModelConfig, keys: Mapping[str, str | bool | float | None])
     values = model.model_dump()
     for path, value in keys.items():
         name, _, key = path.rpartition(".")
+        if name and values[name] is None:
+            values[name] = {}
         (values[name] if name else values)[key] = value
     return type(model).model_validate(values)
 
@@ -221,6 +223,7 @@ def with_keys(model: ModelConfig, keys: Mapping[str, str | bool | float | None])
 def run_freedom(config: RunConfig, *, device: str) -> Freedom:
     """What may be chosen for a training run.   device: "cpu", "cuda:0", ..."""
     model = config.model
+    denoiser = trained_denoiser(model)
     in_step = run_residents(config)["train"]
     return Freedom(
         written=written_keys(model),
@@ -229,9 +232,10 @@ def run_freedom(config: RunConfig, *, device: str) -> Freedom:
             name for name, part in model.components.items() if part.trainable != "none"
         ),
         shares={
-            name: 1.0 if name == "dit" else STEP_SHARE if name in in_step else ONCE_SHARE
+            name: 1.0 if name == denoiser else STEP_SHARE if name in in_step else ONCE_SHARE
             for name in model.components
         },
+        denoiser=denoiser,
     )
 
 
@@ -241,7 +245,7 @@ def inference_freedom(model: ModelConfig, *, device: str) -> Freedom:
         written=written_keys(model),
         offloads=_offloads(device),
         trained=frozenset(),
-        shares={name: 1.0 if name == "dit" else ONCE_SHARE for name in model.components},
+        shares={name: 1.0 if name in DENOISERS else ONCE_SHARE for name in model.components},
     )
 
 

@@ -34,7 +34,12 @@ def tensor_kind(name: str, shape: tuple[int, ...], spec: ComponentSpec) -> Tenso
 
 
 def matches(layer: str, glob: str) -> bool:
-    """Whether a pattern means this layer: as a whole name, or as its ending (`attn.to_q`); `*` crosses dots."""
+    """Whether a pattern means this layer: as a whole name, or as its ending (`attn.to_q`); `*` crosses dots.
+
+    One that begins with `^` means whole names only: `^proj_out` isn't `blocks.0.proj_out`.
+    """
+    if glob.startswith("^"):
+        return fnmatchcase(layer, glob[1:])
     return fnmatchcase(layer, glob) or fnmatchcase(layer, f"*.{glob}")
 
 

@@ -33,8 +33,6 @@ _DROPPED_NAMES = ("scale_input", "input_scale", "activation_scale", "comfy_quant
 _MARKER = "scaled_fp8"
 # Names that only formats with two levels of scales have, or ones that change the input as well.
 _FOREIGN_NAMES = ("weight_scale_2", "scale_weight_tensor", "weight_scalar", "pre_quant_scale")
-# ComfyUI puts this before the keys of a diffusion model that was cut out of a whole checkpoint.
-_PREFIX = "model.diffusion_model."
 _SCALE_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 _PACKED = {"U8": "4-bit or 8-bit numbers in bytes", "I8": "8-bit integers", "F4": "4-bit numbers"}
 
@@ -43,7 +41,7 @@ _PACKED = {"U8": "4-bit or 8-bit numbers in bytes", "I8": "8-bit integers", "F4"
 class PublishedTensors:
     """A component's tensors with the scales sorted out.
 
-    tensors: key without ComfyUI's prefix -> tensor, in the order given.   scales: such a key of a weight -> its scale.
+    tensors: key -> tensor, in the order given.   scales: key of a weight -> its scale.
     problems: what can't be understood, one sentence each.
     """
 
@@ -62,7 +60,7 @@ def read_published(
     """
     plain = {
         key: tensor
-        for key, tensor in _without_prefix(stored).items()
+        for key, tensor in stored.items()
         if not any(fnmatchcase(key, glob) for glob in ignored_keys)
     }
     found = PublishedTensors({})
@@ -115,14 +113,18 @@ def published_scaling(
     return "block", (rows // scale[0], columns // scale[1])
 
 
-def _without_prefix(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """Keys of the diffusion model alone, where the file holds a whole checkpoint."""
-    inside = {
-        key.removeprefix(_PREFIX): tensor
-        for key, tensor in stored.items()
-        if key.startswith(_PREFIX)
-    }
-    return inside or dict(stored)
+def without_prefix(
+    stored: Mapping[str, StoredTensor], prefixes: Sequence[str]
+) -> dict[str, StoredTensor]:
+    """Tensors of one component, without the prefix of its keys, where a file holds a whole checkpoint.
+
+    prefixes: that it may have; the first that is there counts. Where none is, all tensors are returned as they are.
+    """
+    for prefix in prefixes:
+        inside = {k.removeprefix(prefix): t for k, t in stored.items() if k.startswith(prefix)}
+        if inside:
+            return inside
+    return dict(stored)
 
 
 def _problem(leaf: str, tensor: StoredTensor, weight: StoredTensor) -> str | None:

@@ -6,11 +6,13 @@ Training and inference carry out the same plan with the same runtime; `purpose` 
 from __future__ import annotations
 
 from math import ceil, prod
+from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, computed_field
 
-from framework.inventory import ELEMENT_BITS
+from framework.inventory import ELEMENT_BITS, Excerpt, Order
+from framework.plan.preset_plan import PresetPlan
 
 Purpose = Literal["train", "infer"]
 Phase = Literal["load", "encode", "train", "sample", "save"]
@@ -62,13 +64,19 @@ class States(Frozen):
 class StoredScale(Frozen):
     """The scale that a published FP8 file holds beside a weight's codes.
 
-    key, file, shape, source_dtype: as in `TensorPlan`.
+    key, file, shape, source_dtype, excerpt: as in `TensorPlan`.
     """
 
     key: str
     file: str
     shape: tuple[int, ...]
     source_dtype: str
+    excerpt: Excerpt | None = None
+
+    def cut(self, shape: tuple[int, ...], *, first_row: int, order: Order) -> StoredScale:
+        """The rows that belong to part of the weight; arguments as of `StoredTensor.cut`."""
+        excerpt = Excerpt(self.shape, first_row, order)
+        return self.model_copy(update={"shape": shape, "excerpt": excerpt})
 
 
 class TensorPlan(Frozen):
@@ -78,6 +86,7 @@ class TensorPlan(Frozen):
     file: path of the file; its bare name where the component's weights haven't been fetched yet.
     shape: elements.   source_dtype: safetensors name, e.g. "BF16".
     published_scale: the dequantisation scale of a weight that is FP8 in the file; weight = codes * scale.
+    excerpt: which part of the file's tensor it is; None for a whole one as it is.
     """
 
     name: str
@@ -87,6 +96,7 @@ class TensorPlan(Frozen):
     source_dtype: str
     kind: TensorKind
     published_scale: StoredScale | None = None
+    excerpt: Excerpt | None = None
 
     @property
     def numel(self) -> int:
@@ -158,11 +168,12 @@ class LoraPlan(Frozen):
     use_dora: bool
     init_from: str | None
     layers: tuple[LoraLayer, ...]
+    preset: PresetPlan | None = None
 
     @computed_field  # type: ignore[prop-decorator]
     @property
     def numel(self) -> int:
-        """Number of adapter parameters."""
+        """Number of parameters of the adapter that trains."""
         return sum(prod(shape) for shape in self.parameter_shapes())
 
     def parameter_shapes(self) -> list[tuple[int, ...]]:
@@ -214,6 +225,17 @@ class ComponentPlan(Frozen):
         """Bytes of the component's own weights once it is loaded."""
         return sum(group.resting_bytes for group in self.groups)
 
+    def source_files(self, folder: Path) -> tuple[Path, ...]:
+        """The files with its weights, sorted.   folder: of the component on this machine."""
+        return tuple(folder / f for f in sorted({t.file for g in self.groups for t in g.tensors}))
+
+    @property
+    def weights_place(self) -> str:
+        """Where its weights lie, for messages: the folder, or the single file whose config lies elsewhere."""
+        first, *more = self.source_files(Path(self.folder))
+        is_apart = not more and first.is_absolute() and first.parent != Path(self.folder)
+        return f"{first} with {self.folder}/config.json" if is_apart else self.folder
+
     @property
     def source_bytes(self) -> int:
         """Bytes of its tensors in the files."""
@@ -229,8 +251,10 @@ class ComponentPlan(Frozen):
     @computed_field  # type: ignore[prop-decorator]
     @property
     def adapter_bytes(self) -> int:
-        """Bytes of the float32 adapter weights."""
-        return 4 * self.lora.numel if self.lora else 0
+        """Bytes of the float32 adapter weights, those of a preset included."""
+        if self.lora is None:
+            return 0
+        return 4 * (self.lora.numel + (self.lora.preset.numel if self.lora.preset else 0))
 
     @computed_field  # type: ignore[prop-decorator]
     @property

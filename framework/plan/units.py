@@ -89,6 +89,7 @@ def rests_as_published(part: ComponentPlan) -> bool:
     """Whether the files hold the weights in the form in which they rest, so that nothing need be converted."""
     return all(
         tensor.source_dtype == SAFETENSORS_NAMES[group.states.offload.storage_dtype]
+        and (tensor.excerpt is None or tensor.excerpt.order == "as_stored")
         and _has_scale(group, tensor)
         for group in part.groups
         for tensor in group.tensors

@@ -1,7 +1,7 @@
 """LoRA adapters on loaded components, by peft: attaching them, and reading and writing their files.
 
-Files have the form that diffusers' `load_lora_weights` reads: keys `<prefix>.<layer>.lora_A.weight`, and the adapter's
-settings as JSON under `lora_adapter_metadata`.
+Two may lie on a component: the one that trains, "default", and a frozen one under it, "preset", which is always active
+and never saved.
 
 Letters: R rank, I inputs, O outputs.
 """
@@ -9,36 +9,40 @@ Letters: R rank, I inputs, O outputs.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import os
 import re
-import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from framework.errors import SourceError
+from framework.plan.preset_plan import PresetPlan
 from framework.plan.types import LoraPlan
+from framework.runtime.lora_files import BLOCKS_KEY, named_as_here, read_lora
+from framework.runtime.lora_fusing import LayerAdapter
+from framework.runtime.lora_writing import peft_state, write_lora
+from framework.schema.lora_keys import FamilyNames, FormatName, families_of, family_names
 from framework.storage.managed import described_weights
 
 ADAPTER_NAME = "default"
-_METADATA_KEY = "lora_adapter_metadata"
-_PREFIXES = {"dit": "transformer"}
+PRESET_NAME = "preset"
 _ADAPTER_PART = re.compile(r"\.lora_(A|B|magnitude_vector)\.")
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """What is needed to make an adapter's layers; `layers` are whole module names."""
+    """What is needed to make an adapter's layers; `layers` are whole module names.
+
+    ranks, alphas: of layers where they differ from `rank` and `alpha`.
+    """
 
     rank: int
     alpha: float
@@ -46,6 +50,8 @@ class LoraSettings:
     use_rslora: bool
     use_dora: bool
     layers: tuple[str, ...]
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    alphas: Mapping[str, float] = field(default_factory=dict)
 
 
 def is_adapter_name(name: str) -> bool:
@@ -60,26 +66,18 @@ def attach_lora_(
 
     A is drawn for each layer from (seed, component, layer name) alone: start values are the same on every device, for
     every storage of the base and whatever other layers are chosen. The global random state isn't touched.
+    A plan with a preset gets that as well, frozen and of zeros: `load_preset_` fills it.
     """
-    names = [layer if isinstance(layer, str) else layer.name for layer in lora.layers]
-    config: Any = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # peft says int, and divides
-        lora_dropout=lora.dropout,
-        use_rslora=lora.use_rslora,
-        use_dora=lora.use_dora,
-        # As an expression, because peft takes a list for name endings, which may mean more layers than these.
-        target_modules="|".join(re.escape(name) for name in names),
-    )
-    with torch.random.fork_rng(devices=[]), described_weights():
-        inject_adapter_in_model(config, module, adapter_name=ADAPTER_NAME)
-    # From here on the exact names, so that what is written to files can be read by others.
-    config.target_modules = set(names)
+    settings = lora if isinstance(lora, LoraSettings) else _settings_of(lora)
+    _inject_(module, settings, ADAPTER_NAME)
     for name, layer in lora_layers(module):
         _start_layer_(layer, _generator(seed, component, name))
+    preset = lora.preset if isinstance(lora, LoraPlan) else None
+    if preset is not None:
+        _attach_preset_(module, preset)
     for name, parameter in module.named_parameters():
         if is_adapter_name(name):
-            parameter.requires_grad_(trains)
+            parameter.requires_grad_(trains and f".{PRESET_NAME}." not in f"{name}.")
     for _, layer in lora_layers(module):
         for part in (layer.lora_A, layer.lora_B, layer.lora_dropout, layer.lora_magnitude_vector):
             part.train(trains)
@@ -102,83 +100,227 @@ def lora_state_dict(module: nn.Module) -> dict[str, Tensor]:
     return state
 
 
+def layer_adapters(module: nn.Module) -> dict[str, LayerAdapter]:
+    """The adapter of each layer, sharing its memory; empty without an adapter. The preset isn't among them."""
+    found = {}
+    for name, layer in lora_layers(module):
+        if ADAPTER_NAME not in layer.lora_A:
+            continue
+        magnitudes = layer.lora_magnitude_vector
+        magnitude = magnitudes[ADAPTER_NAME].weight if ADAPTER_NAME in magnitudes else None
+        found[name] = LayerAdapter(
+            layer.lora_A[ADAPTER_NAME].weight.detach(),
+            layer.lora_B[ADAPTER_NAME].weight.detach(),
+            float(layer.scaling[ADAPTER_NAME]),
+            None if magnitude is None else magnitude.detach().flatten(),
+        )
+    return found
+
+
 def save_lora(
-    path: Path, modules: Mapping[str, nn.Module], *, metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write the adapters of several components into one `.safetensors` file that diffusers can load.
+    path: Path,
+    modules: Mapping[str, nn.Module],
+    *,
+    form: FormatName = "diffusers",
+    family: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+    scale_in_header: bool = True,
+) -> list[Path]:
+    """Write the adapters of several components in the form that one kind of program loads.
 
-    path: written under a temporary name, synced and renamed, so that it never holds half a file.
-    modules: component name -> module; those without an adapter are left out.   metadata: for the file's header.
-    Raises ValueError where no module carries an adapter.
+    path: of the `.safetensors` file; for peft, of a folder.   modules: component name -> module; those without an
+    adapter are left out.   family: None finds it by the modules' classes.   metadata: for the header.
+    scale_in_header: see `write_lora`; here it is kept apart by default, so that loading gives the same numbers.
+    Returns and raises what `write_lora` does: PlanError for what the form can't carry.
     """
-    tensors: dict[str, Tensor] = {}
-    settings: dict[str, object] = {}
+    adapters = {component: layer_adapters(module) for component, module in modules.items()}
+    names = module_names({c: m for c, m in modules.items() if adapters[c]}, family)
+    counts = [count for m in modules.values() if (count := layers_per_block(m)) is not None]
+    if counts:
+        metadata = {**(metadata or {}), BLOCKS_KEY: str(counts[0])}
+    return write_lora(
+        path,
+        adapters,
+        form=form,
+        names=names,
+        metadata=metadata,
+        scale_in_header=scale_in_header,
+    )
+
+
+def module_names(modules: Mapping[str, nn.Module], family: str | None = None) -> FamilyNames | None:
+    """The names of the family that these modules are of; None where they are of none.   family: if it is known."""
     for component, module in modules.items():
-        prefix = _prefix(component)
-        state = lora_state_dict(module)
-        tensors |= {
-            f"{prefix}.{key}": value.detach().cpu().contiguous() for key, value in state.items()
-        }
-        if state:
-            settings |= {f"{prefix}.{key}": value for key, value in _settings_of(module).items()}
-    if not tensors:
-        raise ValueError("no component carries an adapter")
-    header = {
-        **(metadata or {}),
-        "format": "pt",
-        _METADATA_KEY: json.dumps(settings, sort_keys=True),
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(descriptor)
-    try:
-        save_file(tensors, temporary, metadata=header)
-        with Path(temporary).open("rb") as file:
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+        found = [family] if family else _exact_families(component, module)
+        if found:
+            blocks = layers_per_block(module)
+            return family_names(found[0], layers_per_block=blocks)
+    return None
 
 
-def load_lora_(module: nn.Module, path: Path, component: str) -> bool:
+def layers_per_block(module: nn.Module) -> int | None:
+    """Of a UNet, as its config says; None for anything else, and where blocks differ."""
+    if type(module).__name__ != "UNet2DConditionModel":
+        return None
+    count = getattr(module, "config", {}).get("layers_per_block")
+    return count if isinstance(count, int) else None
+
+
+def load_lora_(module: nn.Module, path: Path, component: str, *, is_meant: bool = False) -> bool:
     """Load a component's adapter from a file: into the adapter that is attached, or attaching one for inference.
 
-    An attached adapter must agree with the file in layers, rank and kind.
+    path: a LoRA file in any form that `read_lora` knows, a folder of peft's, or of a run.
+    is_meant: the file was named for this component; otherwise one that names none is the first denoiser's.
+    An attached adapter must agree with the file in layers, rank and kind; where the scale is another, `lora_B` takes it
+    up, so that the adapter does what it did.
     Returns False, with nothing changed, where the file has adapters for other components only.
-    Raises SourceError for a file that can't be read, isn't a LoRA in diffusers' form, or doesn't fit.
+    Raises SourceError for a file that can't be read, isn't a LoRA, or doesn't fit.
     """
-    tensors, metadata = _read_lora(path)
-    prefix = _prefix(component)
-    own = {
-        k.removeprefix(f"{prefix}."): v for k, v in tensors.items() if k.startswith(f"{prefix}.")
-    }
-    if not own:
+    adapters = _read_for(module, path, component if is_meant else None, component)
+    if not adapters:
         return False
+    _check_layers_exist(module, adapters, path)
     if not hasattr(module, "peft_config"):
-        settings = _settings_from_file(own, _component_metadata(metadata, prefix), path)
-        _check_layers_exist(module, settings, path)
+        settings = _settings_from(adapters)
         attach_lora_(module, settings, component=component, seed=0, trains=False)
-    _check_same_keys(own, lora_state_dict(module), path)
-    # peft leaves the name of the adapter and, for DoRA's magnitude, `.weight` out of the file's keys.
-    targets = {
-        _file_key(name): parameter
-        for name, parameter in module.named_parameters()
-        if is_adapter_name(name)
+    attached = layer_adapters(module)
+    ready = {
+        name: adapter.folded(attached[name].scale) if name in attached else adapter
+        for name, adapter in adapters.items()
     }
-    with torch.no_grad():
-        for key, value in own.items():
-            targets[key].copy_(value)
+    offered = peft_state(ready, folded=False)
+    _check_same_keys(offered, lora_state_dict(module), path)
+    _fill_(module, offered, ADAPTER_NAME)
     return True
 
 
-def _prefix(component: str) -> str:
-    return _PREFIXES.get(component, component)
+def load_preset_(module: nn.Module, path: Path, component: str) -> None:
+    """Fill the attached preset from its file.   Raises SourceError where the file changed since the plan was made."""
+    adapters = _read_for(module, path, component, component, keep_rank=True)
+    offered = peft_state(adapters)
+    attached = {
+        _file_key(name, PRESET_NAME): parameter
+        for name, parameter in module.named_parameters()
+        if is_adapter_name(name) and f".{PRESET_NAME}." in f"{name}."
+    }
+    _check_same_keys(offered, attached, path)
+    _fill_(module, offered, PRESET_NAME)
 
 
-def _file_key(parameter_name: str) -> str:
-    key = parameter_name.replace(f".{ADAPTER_NAME}.", ".")
+def _read_for(
+    module: nn.Module, path: Path, meant: str | None, component: str, *, keep_rank: bool = False
+) -> dict[str, LayerAdapter]:
+    content = read_lora(
+        path,
+        families=families_of(type(module).__name__, component) or ("qwen_image",),
+        component=meant,
+        keep_rank=keep_rank,
+        layers_per_block=layers_per_block(module),
+    )
+    here = {name for name, _ in module.named_modules()}
+    return named_as_here(content.adapters.get(component, {}), here)
+
+
+def _exact_families(component: str, module: nn.Module) -> list[str]:
+    name = type(module).__name__
+    return [
+        family
+        for family in families_of(name, component)
+        if name in family_names(family).components[component].classes
+    ]
+
+
+def _settings_of(plan: LoraPlan) -> LoraSettings:
+    return LoraSettings(
+        plan.rank,
+        plan.alpha,
+        plan.dropout,
+        plan.use_rslora,
+        plan.use_dora,
+        tuple(layer.name for layer in plan.layers),
+    )
+
+
+def _settings_from(adapters: Mapping[str, LayerAdapter]) -> LoraSettings:
+    """Settings with which the attached adapter has the ranks and scales of these."""
+    rank = Counter(adapter.rank for adapter in adapters.values()).most_common(1)[0][0]
+    alpha = Counter(a.scale * a.rank for a in adapters.values()).most_common(1)[0][0]
+    return LoraSettings(
+        rank=rank,
+        alpha=alpha,
+        dropout=0.0,
+        use_rslora=False,
+        use_dora=any(adapter.magnitude is not None for adapter in adapters.values()),
+        layers=tuple(sorted(adapters)),
+        ranks={n: a.rank for n, a in adapters.items() if a.rank != rank},
+        alphas={n: a.scale * a.rank for n, a in adapters.items() if a.scale * a.rank != alpha},
+    )
+
+
+def _inject_(module: nn.Module, settings: LoraSettings, adapter_name: str) -> None:
+    """Make peft's layers, without a look at the weights."""
+    config: Any = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]  # peft says int, and divides
+        lora_dropout=settings.dropout,
+        use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        rank_pattern={f"^{re.escape(name)}": rank for name, rank in settings.ranks.items()},
+        alpha_pattern={f"^{re.escape(name)}": alpha for name, alpha in settings.alphas.items()},
+        # As an expression, because peft takes a list for name endings, which may mean more layers than these.
+        target_modules="|".join(re.escape(name) for name in settings.layers),
+    )
+    with torch.random.fork_rng(devices=[]), described_weights(), warnings.catch_warnings():
+        # A preset beside the adapter that trains is what is wanted.
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        inject_adapter_in_model(config, module, adapter_name=adapter_name)
+    # From here on the exact names, so that what is written to files can be read by others.
+    config.target_modules = set(settings.layers)
+
+
+def _attach_preset_(module: nn.Module, preset: PresetPlan) -> None:
+    """Put the frozen adapter under the one that trains; zeros, float32, and both active."""
+    here = {name for name, _ in module.named_modules()}
+    layers = [layer for layer in preset.layers if layer.name in here]
+    if not layers:
+        return
+    rank = layers[0].rank
+    settings = LoraSettings(
+        rank=rank,
+        alpha=rank,
+        dropout=0.0,
+        use_rslora=False,
+        use_dora=preset.use_dora,
+        layers=tuple(layer.name for layer in layers),
+        ranks={layer.name: layer.rank for layer in layers},
+        alphas={layer.name: layer.rank for layer in layers},
+    )
+    _inject_(module, settings, PRESET_NAME)
+    for _, layer in lora_layers(module):
+        if PRESET_NAME in layer.lora_A:
+            for part in (layer.lora_A[PRESET_NAME], layer.lora_B[PRESET_NAME]):
+                part.weight = nn.Parameter(torch.zeros_like(part.weight, dtype=torch.float32))
+            if PRESET_NAME in layer.lora_magnitude_vector:
+                magnitude = layer.lora_magnitude_vector[PRESET_NAME]
+                magnitude.weight = nn.Parameter(torch.ones_like(magnitude.weight).float())
+        layer.set_adapter([n for n in (PRESET_NAME, ADAPTER_NAME) if n in layer.lora_A])
+
+
+def _file_key(parameter_name: str, adapter_name: str = ADAPTER_NAME) -> str:
+    key = parameter_name.replace(f".{adapter_name}.", ".").removesuffix(f".{adapter_name}")
     return key.removesuffix(".weight") if ".lora_magnitude_vector" in key else key
+
+
+def _fill_(module: nn.Module, values: Mapping[str, Tensor], adapter_name: str) -> None:
+    # peft leaves the name of the adapter and, for DoRA's magnitude, `.weight` out of the file's keys.
+    targets = {
+        _file_key(name, adapter_name): parameter
+        for name, parameter in module.named_parameters()
+        if is_adapter_name(name) and f".{adapter_name}." in f"{name}."
+    }
+    with torch.no_grad():
+        for key, value in values.items():
+            targets[key].copy_(value)
 
 
 def _generator(seed: int, component: str, layer: str) -> torch.Generator:
@@ -204,77 +346,9 @@ def _start_layer_(layer: Any, generator: torch.Generator) -> None:
         )
 
 
-def _settings_of(module: nn.Module) -> dict[str, object]:
-    """The few fields of peft's configuration that every version of it knows."""
-    config: Any = module.peft_config[ADAPTER_NAME]  # type: ignore[index]
-    return {
-        "r": config.r,
-        "lora_alpha": config.lora_alpha,
-        "lora_dropout": config.lora_dropout,
-        "use_rslora": config.use_rslora,
-        "use_dora": config.use_dora,
-        "target_modules": sorted(config.target_modules),
-    }
-
-
-def _read_lora(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        settings = json.loads(metadata.get(_METADATA_KEY, "{}"))
-    except (OSError, SafetensorError, ValueError) as error:
-        raise SourceError(
-            "the LoRA file can't be read",
-            where=str(path),
-            found=str(error),
-            hint="name a .safetensors file that was written by this program or by diffusers",
-        ) from error
-    strange = [
-        key
-        for key in tensors
-        if not re.search(r"\.lora_(A|B)\.weight$|\.lora_magnitude_vector$", key)
-    ]
-    if strange or not tensors:
-        raise SourceError(
-            "the file isn't a LoRA in diffusers' form",
-            where=str(path),
-            found=f"keys such as {', '.join(strange[:3])}" if strange else "no tensors",
-            hint="keys must be <component>.<layer>.lora_A.weight and .lora_B.weight",
-        )
-    return tensors, settings
-
-
-def _component_metadata(settings: dict[str, Any], prefix: str) -> dict[str, Any]:
-    return {
-        k.removeprefix(f"{prefix}."): v for k, v in settings.items() if k.startswith(f"{prefix}.")
-    }
-
-
-def _settings_from_file(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], path: Path
-) -> LoraSettings:
-    """Settings from the header, or as diffusers takes them without one: rank from the shapes, alpha equal to it."""
-    ranks = {value.shape[0] for key, value in tensors.items() if key.endswith(".lora_A.weight")}
-    if len(ranks) != 1:
-        raise SourceError(
-            "the LoRA has layers of different rank", where=str(path), found=str(sorted(ranks))
-        )
-    rank = ranks.pop()
-    layers = {key.split(".lora_")[0] for key in tensors}
-    return LoraSettings(
-        rank=rank,
-        alpha=float(metadata.get("lora_alpha", rank)),
-        dropout=0.0,
-        use_rslora=bool(metadata.get("use_rslora", False)),
-        use_dora=any(key.endswith(".lora_magnitude_vector") for key in tensors),
-        layers=tuple(sorted(layers)),
-    )
-
-
-def _check_layers_exist(module: nn.Module, settings: LoraSettings, path: Path) -> None:
+def _check_layers_exist(module: nn.Module, layers: Iterable[str], path: Path) -> None:
     names = {name for name, _ in module.named_modules()}
-    unknown = [layer for layer in settings.layers if layer not in names]
+    unknown = [layer for layer in layers if layer not in names]
     if unknown:
         raise SourceError(
             f"{len(unknown)} layers of the LoRA don't exist in the model: {', '.join(unknown[:3])}",

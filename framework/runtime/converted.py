@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
 from typing import BinaryIO
@@ -37,7 +37,7 @@ from framework.plan.units import component_units
 from framework.runtime.sources import TensorSource, match_files, read_resting
 
 # Raise it when the same sources and settings give other bytes.
-_VERSION = 1
+_VERSION = 2
 _log = logging.getLogger(__name__)
 
 
@@ -121,14 +121,19 @@ def _layout(part: ComponentPlan) -> dict[str, _Entry]:
 
 def _entries(group: TensorGroup, tensor: TensorPlan) -> Iterable[_Entry]:
     dtype = SAFETENSORS_NAMES[group.states.offload.storage_dtype]
-    yield _Entry(tensor.source_key, dtype, tensor.shape)
+    yield _Entry(_key(tensor), dtype, tensor.shape)
     shape = scale_shape(tensor.shape, group.scaling, group.block_shape)
     if shape is not None:
         yield _Entry(_scale_key(tensor), "F32", _published_shape(tensor, group, shape))
 
 
+def _key(tensor: TensorPlan) -> str:
+    """Its key in the sources; parts of one tensor there go by their names in the module, which differ."""
+    return tensor.source_key if tensor.excerpt is None else tensor.name
+
+
 def _scale_key(tensor: TensorPlan) -> str:
-    layer, dot, _ = tensor.source_key.rpartition(".")
+    layer, dot, _ = _key(tensor).rpartition(".")
     return f"{layer}{dot}scale_weight"
 
 
@@ -148,7 +153,12 @@ def _fingerprint(part: ComponentPlan, sources: list[TensorSource]) -> str:
     files = sorted({s.file for source in sources for s in (source.stored, source.scale) if s})
     layout = [[e.key, e.dtype, e.shape, e.start] for e in _layout(part).values()]
     storage = [
-        [source.tensor.source_key, source.group.scaling, source.group.block_shape]
+        [
+            source.tensor.source_key,
+            source.group.scaling,
+            source.group.block_shape,
+            *(() if source.tensor.excerpt is None else (asdict(source.tensor.excerpt),)),
+        ]
         for source in sources
     ]
     said = {
@@ -198,7 +208,7 @@ def _write(
         file.write(header)
         file.truncate(len(header) + sum(entry.num_bytes for entry in entries.values()))
         for source, weight in read_resting(sources, device, on_progress):
-            entry = entries[source.tensor.source_key]
+            entry = entries[_key(source.tensor)]
             _write_tensor(file, len(header) + entry.start, weight.values)
             if weight.dequant_scale is not None:
                 scale = entries[_scale_key(source.tensor)]
@@ -245,7 +255,9 @@ def _converted(
     return tensor.model_copy(
         update={
             "file": str(path),
+            "source_key": values.key,
             "source_dtype": values.dtype,
+            "excerpt": None,
             "published_scale": scales[0] if scales else None,
         }
     )

@@ -21,12 +21,13 @@ from torch.nn import functional
 
 from framework.errors import PlanError
 from framework.hub import fetch_place
-from framework.inventory import StoredTensor, read_inventory
+from framework.inventory import StoredTensor
 from framework.models import Family, TextConditioning
 from framework.models.base import device_of, evaluating
 from framework.plan.types import ComponentPlan, TensorGroup, TensorPlan
 from framework.runtime.adapters import lora_layers
 from framework.runtime.encoding_report import INPUT_PX, SEED, SIGMA, TEXT_TOKENS, LayerError
+from framework.runtime.sources import match_files
 from framework.runtime.streaming import read_tensors
 from framework.storage.fp8 import dequantise, encode_e4m3
 
@@ -50,9 +51,10 @@ class SourceWeights:
         self.layers = {tensor.layer: (group, tensor) for group, tensor in _encoded(part)}
         self._stored: dict[str, StoredTensor] = {}
         if self.layers:
-            inventory = read_inventory(fetch_place(part.folder))
+            sources = match_files(part, fetch_place(part.folder))
+            stored = {source.tensor.name: source.stored for source in sources}
             self._stored = {
-                layer: inventory[tensor.source_key] for layer, (_, tensor) in self.layers.items()
+                layer: stored[tensor.name] for layer, (_, tensor) in self.layers.items()
             }
 
     @staticmethod
@@ -67,9 +69,9 @@ class SourceWeights:
 
     def read_all(self, device: torch.device) -> Iterator[tuple[str, Tensor]]:
         """Every weight with its layer's name, in the order of the files; each holds until the next is asked for."""
-        layer_of = {stored.key: layer for layer, stored in self._stored.items()}
+        layer_of = {stored: layer for layer, stored in self._stored.items()}
         for stored, values in read_tensors(self._stored.values()):
-            yield layer_of[stored.key], values.to(device)
+            yield layer_of[stored], values.to(device)
 
     def weight_error(self, layer: str, weight: Tensor) -> LayerError:
         """Encode a weight as loading does, and compare.   weight: as `read` gives it."""
@@ -251,11 +253,13 @@ def seeded_input(
     divisor = family.spec.size_divisor_px
     side = max(divisor, INPUT_PX // divisor * divisor)
     x0, noise = (family.initial_latents(side, side, seed) for seed in (SEED, SEED + 1))
-    generator = torch.Generator("cpu").manual_seed(SEED + 2)
-    embeds = torch.randn(1, TEXT_TOKENS, family.text_width(dit), generator=generator)
-    mask = torch.ones(copies, TEXT_TOKENS, dtype=torch.bool)
-    text = TextConditioning(embeds.expand(copies, -1, -1), mask, padded=False)
-    return ((1 - SIGMA) * x0 + SIGMA * noise).expand(copies, -1, -1, -1), text
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED + 2)
+        text = family.blank_text(TEXT_TOKENS, dit, device=torch.device("cpu"))
+    latents = (1 - SIGMA) * x0 + SIGMA * noise
+    if copies == 1:
+        return latents, text
+    return torch.cat([latents] * copies), TextConditioning.collate([text] * copies)
 
 
 def plain_product(layer: nn.Module, weight: Tensor, x: Tensor) -> Tensor:

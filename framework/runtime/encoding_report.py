@@ -30,6 +30,8 @@ SEED = 0
 
 # Part of every name: raise it when a change alters what is measured.
 _VERSION = 1
+# Part of the name under which a measurement is kept: raise it when encoding changes a number.
+_ENCODING_VERSION = 2
 
 log = logging.getLogger("octavo")
 
@@ -147,7 +149,14 @@ def _identity(plan: VramPlan, part: ComponentPlan, budget: float | None) -> str:
         tensor.name: [group.scaling, group.block_shape, group.states.onload.storage_dtype]
         for group, tensor in tensors
     }
-    content = [_VERSION, weights, stored, plan.compute_dtype, plan.device.partition(":")[0], budget]
+    content = [
+        _ENCODING_VERSION,
+        weights,
+        stored,
+        plan.compute_dtype,
+        plan.device.partition(":")[0],
+        budget,
+    ]
     text = json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 

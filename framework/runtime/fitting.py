@@ -58,10 +58,12 @@ def fit_inference(
     guided: bool,
     device: str,
     num_tokens: int = TEXT_TOKENS,
+    num_frames: int = 1,
 ) -> Fit:
     """Find the cheapest settings with which a generation fits `model.fit`.
 
     size_px: width and height.   guided: whether classifier-free guidance is used.   num_tokens: of the longest prompt.
+    num_frames: of a clip.
     """
 
     def outline(changed: ModelConfig) -> VramPlan:
@@ -69,7 +71,12 @@ def fit_inference(
 
     def forecast(changed: ModelConfig) -> VramPlan:
         return forecast_inference(
-            changed, size_px=size_px, guided=guided, num_tokens=num_tokens, device=device
+            changed,
+            size_px=size_px,
+            guided=guided,
+            num_tokens=num_tokens,
+            num_frames=num_frames,
+            device=device,
         )
 
     return solve_fit(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from framework.errors import PlanError, SourceError
@@ -20,7 +20,8 @@ from framework.plan.types import (
     scale_shape,
 )
 from framework.plan.units import SlotPlan, component_units, rests_as_published
-from framework.runtime.adapters import attach_lora_, is_adapter_name, load_lora_
+from framework.runtime.adapters import attach_lora_, is_adapter_name, load_lora_, load_preset_
+from framework.runtime.empty import empty_parameters
 from framework.runtime.host_memory import give_back
 from framework.runtime.sources import RESTING_DTYPES, TensorSource, match_files, read_resting
 from framework.storage.fetching import Fetcher, LayerSource, Parcel, Unit
@@ -71,9 +72,7 @@ def load_component(
         from framework.runtime.converted import use_converted
 
         plan = use_converted(plan, Path(plan.converted_dir), device=device, on_progress=on_progress)
-    # Trainers call this with the GPU as torch's default device; the read buffer and what the module computes of itself
-    # (rotary frequencies) belong on the host, there and everywhere else.
-    with torch.device("cpu"):
+    with _host_as_default():
         module = _load_weights(
             plan,
             family,
@@ -89,10 +88,21 @@ def load_component(
             attach_lora_(
                 module, plan.lora, component=plan.name, seed=seed, trains=plan.trainable == "lora"
             )
+            if plan.lora.preset is not None:
+                load_preset_(module, Path(plan.lora.preset.path), plan.name)
             if plan.lora.init_from is not None:
                 _start_from_file_(module, Path(plan.lora.init_from), plan.name)
     give_back()
     return module
+
+
+def _host_as_default() -> AbstractContextManager[object]:
+    """Inside, tensors made without a device are on the host, as what a module computes of itself (rotary frequencies).
+
+    Trainers load with the GPU as torch's default device. Where it is the host already, nothing is done: to set it
+    takes a call in Python for each of the tens of thousands of operations in a load.
+    """
+    return nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
 
 
 def _load_weights(
@@ -106,25 +116,32 @@ def _load_weights(
     on_progress: Callable[[int], None] | None,
 ) -> nn.Module:
     """Build the module without weights and fill it tensor by tensor."""
-    with init_empty_weights(include_buffers=False):
-        module = family.build_module(plan.name, folder)
     sources = match_files(plan, folder)
-    _check_complete(plan, module)
-    stores: dict[str, Store] = dict(_stores(plan, sources, device))
-    slots = _prepare_(module, plan, compute_dtype, fetcher, stores)
     on_disk = plan.offload == "disk"
     wanted = [s for s in sources if not (on_disk and s.group.moves and not _needs_a_look(s))]
-    for source, weight in read_resting(wanted, device, on_progress):
-        if source.group.moves and on_disk:
-            continue
-        if source.group.moves:
-            parcel, slot = slots[source.tensor.layer]
-            store = stores[parcel]
-            assert isinstance(store, HostStore)
-            fill_slot(store, slot, weight)
-        else:
-            _place_(module, source.group, source.tensor, weight)
+    with closing(read_resting(wanted, device, on_progress)) as weights:
+        # The first one is asked for early: what follows is then read while the module is built.
+        first = next(weights, None)
+        module = _build(plan, family, folder)
+        stores: dict[str, Store] = dict(_stores(plan, sources, device))
+        slots = _prepare_(module, plan, compute_dtype, fetcher, stores)
+        for source, weight in chain(() if first is None else (first,), weights):
+            if not source.group.moves:
+                _place_(module, source.group, source.tensor, weight)
+            elif not on_disk:
+                parcel, slot = slots[source.tensor.layer]
+                store = stores[parcel]
+                assert isinstance(store, HostStore)
+                fill_slot(store, slot, weight)
     _move_buffers_(module, device)
+    return module
+
+
+def _build(plan: ComponentPlan, family: ModuleBuilder, folder: Path) -> nn.Module:
+    """The module, its parameters on the meta device; it must be the one that the plan was made for."""
+    with empty_parameters():
+        module = family.build_module(plan.name, folder)
+    _check_complete(plan, module)
     return module
 
 
@@ -142,9 +159,7 @@ def build_skeleton(
     For counting: run it under FakeTensorMode, where nothing is allocated, with a fetcher made for a rehearsal.
     Reads headers and config.json only.
     """
-    with init_empty_weights(include_buffers=False):
-        module = family.build_module(plan.name, folder)
-    _check_complete(plan, module)
+    module = _build(plan, family, folder)
     stores: dict[str, Store] = {
         parcel.name: EmptyStore(parcel.num_bytes, reads_files=plan.offload == "disk")
         for unit in component_units(plan)
@@ -237,7 +252,7 @@ def _slot(planned: SlotPlan, group: TensorGroup) -> Slot:
 
 
 def _start_from_file_(module: nn.Module, path: Path, component: str) -> None:
-    if not load_lora_(module, path.expanduser(), component):
+    if not load_lora_(module, path.expanduser(), component, is_meant=True):
         raise SourceError(
             f"the LoRA file holds no adapter for {component}",
             where=str(path),
@@ -287,9 +302,9 @@ def _check_complete(plan: ComponentPlan, module: nn.Module) -> None:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         raise PlanError(
             f"the weights of {plan.name} don't fit its config.json",
-            where=plan.folder,
+            where=plan.weights_place,
             found="; ".join(problems[:5]) + more,
-            hint="the folder must hold config.json and weights of one and the same model",
+            hint="config.json and weights must be of one and the same model",
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from framework.errors import PlanError
-from framework.inventory import StoredTensor, read_file_header, read_inventory
+from framework.inventory import StoredTensor, read_file_header
 from framework.plan.published import published_scaling
 from framework.plan.types import (
     ComponentPlan,
@@ -37,7 +37,8 @@ RESTING_DTYPES: dict[StorageDtype, torch.dtype] = {
 class TensorSource:
     """A planned tensor and where it lies now.
 
-    stored: on this machine.   scale: the published scale of FP8 values, if the file has one.
+    stored: on this machine; a part of a tensor where the plan has an excerpt.
+    scale: the published scale of FP8 values, if the file has one.
     is_own: the file was written by `use_converted`, which looked for NaN.
     """
 
@@ -53,18 +54,16 @@ def match_files(plan: ComponentPlan, folder: Path) -> list[TensorSource]:
 
     folder: of the component, on this machine.   Raises PlanError where something changed, SourceError for bad files.
     """
-    inventory = _inventory(plan, folder)
+    headers = _headers(plan, folder)
     own = None if plan.converted_dir is None else Path(plan.converted_dir).expanduser().absolute()
     return [
         TensorSource(
             group,
             tensor,
-            _find(inventory, tensor.source_key, tensor, plan.name, folder),
+            _find(headers, tensor.source_key, tensor, plan.name),
             None
             if tensor.published_scale is None
-            else _find(
-                inventory, tensor.published_scale.key, tensor.published_scale, plan.name, folder
-            ),
+            else _find(headers, tensor.published_scale.key, tensor.published_scale, plan.name),
             is_own=own is not None and Path(tensor.file).parent == own,
         )
         for group in plan.groups
@@ -76,7 +75,7 @@ def read_resting(
     sources: Iterable[TensorSource],
     device: torch.device,
     on_progress: Callable[[int], None] | None = None,
-) -> Iterator[tuple[TensorSource, StoredWeight]]:
+) -> Generator[tuple[TensorSource, StoredWeight], None, None]:
     """Yield each tensor in the form in which it rests, in the order in which they lie in the files.
 
     It lies on `device`, with memory of its own; but a tensor that moves may lie elsewhere or share the buffer of the
@@ -86,11 +85,11 @@ def read_resting(
     Raises PlanError for values that can't be stored as planned, SourceError for files that can't be read.
     """
     ordered = sorted(sources, key=lambda source: (source.stored.file, source.stored.start))
-    by_key = {(source.stored.file, source.stored.key): source for source in ordered}
+    by_key = {_place(source.stored): source for source in ordered}
     parts = [part for source in ordered for part in _parts(source, device)]
     encoded: _Encoded | None = None
     for part, values in read_parts(parts):
-        source = by_key[part.tensor.file, part.tensor.key]
+        source = by_key[_place(part.tensor)]
         if part.rows is None:
             yield source, _resting(source, values, device)
         else:
@@ -103,10 +102,16 @@ def read_resting(
             on_progress(part.num_bytes)
 
 
+def _place(stored: StoredTensor) -> tuple[str, str, int]:
+    """What tells a stored tensor, or a part of one, from all others."""
+    return stored.file, stored.key, stored.start
+
+
 def _parts(source: TensorSource, device: torch.device) -> Iterator[Part]:
     """How a tensor is read: some rows at a time where each can be encoded by itself, else whole."""
     stored, group = source.stored, source.group
     by_rows = group.scaling in ("row", "block", "none") and stored.dtype != "F8_E4M3"
+    by_rows = by_rows and stored.order == "as_stored"
     if not by_rows or device.type != "cpu" or stored.num_bytes <= PART_BYTES:
         yield Part(stored, keeps=_rests_as_read(source, device))
         return
@@ -231,29 +236,29 @@ def _scaling(source: TensorSource) -> tuple[Scaling, tuple[int, int] | None]:
 
 
 def _find(
-    inventory: dict[str, StoredTensor],
+    headers: dict[str, dict[str, StoredTensor]],
     key: str,
     planned: TensorPlan | StoredScale,
     component: str,
-    folder: Path,
 ) -> StoredTensor:
-    stored = inventory.get(key)
-    if stored is None or (stored.shape, stored.dtype) != (planned.shape, planned.source_dtype):
+    """The planned tensor, or the part of one, in the files as they are now."""
+    excerpt = planned.excerpt
+    shape = planned.shape if excerpt is None else excerpt.stored_shape
+    stored = headers[planned.file].get(key)
+    if stored is None or (stored.shape, stored.dtype) != (shape, planned.source_dtype):
         found = f"{stored.dtype} {list(stored.shape)}" if stored else "no such tensor"
         raise PlanError(
             f"the files of {component} changed since the plan was made: {key}",
-            where=str(folder),
+            where=planned.file,
             found=found,
             hint="run the command again",
         )
-    return stored
+    return stored.cut_like(planned.shape, excerpt)
 
 
-def _inventory(plan: ComponentPlan, folder: Path) -> dict[str, StoredTensor]:
-    """Key -> tensor of all files that the plan names: those of the folder, or one in a folder of converted weights."""
-    files = {tensor.file for group in plan.groups for tensor in group.tensors}
-    elsewhere = {f for f in files if Path(f).is_absolute() and Path(f).parent != folder}
-    inventory = {} if elsewhere == files else read_inventory(folder)
-    for file in sorted(elsewhere):
-        inventory |= read_file_header(Path(file))
-    return inventory
+def _headers(plan: ComponentPlan, folder: Path) -> dict[str, dict[str, StoredTensor]]:
+    """File as the plan names it -> its tensors by key; a bare name is that of a file fetched to the folder since."""
+    tensors = [tensor for group in plan.groups for tensor in group.tensors]
+    scales = [tensor.published_scale for tensor in tensors]
+    files = {tensor.file for tensor in tensors} | {scale.file for scale in scales if scale}
+    return {file: read_file_header(folder / file) for file in sorted(files)}

@@ -21,9 +21,9 @@ from framework.storage.reading import read_into
 PART_BYTES = 2 * 2**20
 """Parts of this size stay in the processor's cache until they are used."""
 
-# Parts with memory of their own that are read while another is in use. Not so the others: where they are encoded, the
-# processors are busy.
-_AHEAD = 2
+# Threads that read parts with memory of their own while others are in use. Not so the other parts: where they are
+# encoded, the processors are busy.
+_READERS = 2
 
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -39,7 +39,8 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
 class Part:
     """Some rows (along dimension 0) of a tensor in a file.
 
-    rows: first one and their number; None for the whole tensor.   keeps: whether it gets memory of its own.
+    rows: first one and their number, of a tensor that lies in order; None for the whole.
+    keeps: whether it gets memory of its own.
     """
 
     tensor: StoredTensor
@@ -69,25 +70,24 @@ class Part:
 def read_parts(parts: Sequence[Part]) -> Iterator[tuple[Part, Tensor]]:
     """Yield each part with its values, in the order given.
 
-    What is kept has memory of its own, and is read ahead. Any other is a view of one shared buffer: it holds until the
-    next one is asked for; copy what is to stay.
+    What is kept has memory of its own, and is read ahead, up to the next part that isn't. Any other is a view of one
+    shared buffer: it holds until the next one is asked for; copy what is to stay.
     Memory: the bytes of the largest part that isn't kept.
     Raises SourceError for a file that is gone or shorter than its header says.
     """
     buffer = _bytes(max((part.num_bytes for part in parts if not part.keeps), default=0))
     waiting: deque[Future[Tensor]] = deque()
-    with _Files() as files, ThreadPoolExecutor(_AHEAD, "read weights") as reader:
-        for index, part in enumerate(parts):
-            found = (
-                waiting.popleft().result()
-                if waiting
-                else files.read(part, _bytes(part.num_bytes) if part.keeps else buffer)
-            )
-            for later in parts[index + 1 + len(waiting) : index + 1 + _AHEAD]:
-                if not later.keeps:
-                    break
-                waiting.append(reader.submit(files.read, later, _bytes(later.num_bytes)))
-            yield part, found
+    with _Files() as files, ThreadPoolExecutor(_READERS, "read weights") as reader:
+        try:
+            for index, part in enumerate(parts):
+                found = None if part.keeps else files.read(part, buffer)
+                first = index if part.keeps else index + 1
+                while (ahead := first + len(waiting)) < len(parts) and parts[ahead].keeps:
+                    later = parts[ahead]
+                    waiting.append(reader.submit(files.read, later, _bytes(later.num_bytes)))
+                yield part, waiting.popleft().result() if found is None else found
+        finally:
+            reader.shutdown(cancel_futures=True)
 
 
 def read_tensors(stored: Iterable[StoredTensor]) -> Iterator[tuple[StoredTensor, Tensor]]:
@@ -102,7 +102,8 @@ def read_tensors(stored: Iterable[StoredTensor]) -> Iterator[tuple[StoredTensor,
 
 def read_tensor(stored: StoredTensor) -> Tensor:
     """One tensor with memory of its own.   Raises SourceError as `read_parts` does."""
-    return next(iter(read_parts([Part(stored, keeps=True)])))[1]
+    with _Files() as files:
+        return files.read(Part(stored), _bytes(stored.num_bytes))
 
 
 def _bytes(count: int) -> Tensor:
@@ -129,7 +130,7 @@ class _Files:
         try:
             path, file = self._take(tensor.file)
             try:
-                done = read_into(file, part.start, window)
+                done = self._fill(file, part, window)
             finally:
                 self._open.append((path, file))
         except OSError as error:
@@ -143,7 +144,19 @@ class _Files:
                 found=f"{tensor.key} ends {tensor.end - part.start - done} bytes early",
                 hint="delete this file and fetch the checkpoint again",
             )
-        return memory[: part.num_bytes].view(TORCH_DTYPES[tensor.dtype]).view(part.shape)
+        values = memory[: part.num_bytes].view(TORCH_DTYPES[tensor.dtype])
+        if tensor.order == "transposed":
+            return values.view(part.shape[::-1]).t().contiguous()
+        return values.view(part.shape)
+
+    @staticmethod
+    def _fill(file: FileIO, part: Part, window: memoryview) -> int:
+        """Read a part; one whose halves are in the other order in the file, half by half. Returns the bytes read."""
+        if part.tensor.order != "halves_swapped":
+            return read_into(file, part.start, window)
+        half = part.num_bytes // 2
+        done = read_into(file, part.start + half, window[:half])
+        return done + (read_into(file, part.start, window[half:]) if done == half else 0)
 
     def _take(self, path: str) -> tuple[str, FileIO]:
         """An open file that no other thread uses; those of paths that are done with are closed on the way."""

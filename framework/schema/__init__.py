@@ -7,7 +7,6 @@ from framework.schema.model import (
     Fp8Config,
     LoraConfig,
     ModelConfig,
-    QwenImageConfig,
 )
 from framework.schema.run import (
     CheckpointConfig,
@@ -38,7 +37,6 @@ __all__ = [
     "ModelConfig",
     "ObjectiveConfig",
     "OptimConfig",
-    "QwenImageConfig",
     "RunConfig",
     "RunSection",
     "SampleConfig",

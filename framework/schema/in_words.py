@@ -120,5 +120,7 @@ def _short_float(value: float) -> str:
 
 
 def _in_list(item: Any) -> str:
+    if isinstance(item, dict):
+        return as_yaml(item)
     plain = isinstance(item, str) and not any(sign in item for sign in ",[]{}: ")
     return item if plain and item else json.dumps(item, ensure_ascii=False)

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StringConstraints
 
 from framework.schema.base import Section, unit
+from framework.schema.families import FAMILIES
 from framework.schema.sizes import SIZE_PATTERN
 
 Glob = Annotated[str, StringConstraints(min_length=1)]
@@ -84,8 +85,13 @@ class LoraConfig(Section):
     )
     init_from: str | None = Field(
         None,
-        description="A LoRA `.safetensors` file to start from; rank and layers must agree.",
+        description="A LoRA `.safetensors` file to start from, in any form that other programs write; rank and layers must agree.",
         examples=["outputs/pocket_lora/001/lora.safetensors"],
+    )
+    preset: str | None = Field(
+        None,
+        description="A LoRA `.safetensors` file that stays active and frozen under the one that trains (differential LoRA); never saved with it.",
+        examples=["models/turbo_lora.safetensors"],
     )
 
 
@@ -109,8 +115,13 @@ class ComponentConfig(Section):
     )
     source: str | None = Field(
         None,
-        description="Folder or hub id for this component alone; unset means `model.source`.",
-        examples=["Qwen/Qwen-Image", "models/my-transformer"],
+        description="Folder, hub id or single `.safetensors` file for this component alone; unset means `model.source`, which "
+        "also has a single file's config.",
+        examples=[
+            "Qwen/Qwen-Image",
+            "models/my-transformer",
+            "models/qwen_image_fp8_e4m3fn.safetensors",
+        ],
     )
     fp8: Fp8Config = Field(default_factory=Fp8Config, description="Details of FP8 storage.")
     lora: LoraConfig | None = Field(
@@ -128,15 +139,18 @@ class DitConfig(ComponentConfig):
     )
 
 
-class QwenImageConfig(Section):
-    """A Qwen-Image checkpoint (arXiv:2508.02324) in the published diffusers layout."""
+FamilyName = Literal["qwen_image", "qwen_image_edit", "flux", "z_image", "wan2_1", "wan2_2", "sdxl"]
 
-    family: Literal["qwen_image"] = Field(
+
+class ModelConfig(Section):
+    """A checkpoint in its published layout, and how each of its components is stored and trained."""
+
+    family: FamilyName = Field(
         description="Model family; decides the components and how they are called."
     )
     source: str = Field(
         min_length=1,
-        description="Hub id such as `Qwen/Qwen-Image`, or a folder.",
+        description="Hub id such as `Qwen/Qwen-Image`, a folder in that layout, or the hub cache's folder of a repository.",
         examples=["Qwen/Qwen-Image", "assets/pocket"],
     )
     revision: str = Field(
@@ -144,6 +158,13 @@ class QwenImageConfig(Section):
         min_length=1,
         description="Hub branch, tag or commit; the commit it stood for is written to the run folder.",
         examples=["main", "v1.0"],
+    )
+    variant: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9_-]+$",
+        description="Form of the weights to take, of checkpoints published in several: the `fp16` of "
+        "`diffusion_pytorch_model.fp16.safetensors`; unset means the plain files.",
+        examples=["fp16", "bf16"],
     )
     compute_dtype: ComputeDtype = Field(
         "bf16", description="Number format of the arithmetic. Parameters that train are float32."
@@ -180,19 +201,40 @@ class QwenImageConfig(Section):
         "unset keeps none, but for `offload: disk`, which needs them and uses `.octavo/weights`.",
         examples=[".octavo/weights", "/scratch/octavo-weights"],
     )
-    dit: DitConfig = Field(default_factory=DitConfig, description="The diffusion transformer.")
+    dit: DitConfig = Field(
+        default_factory=DitConfig, description="The denoiser: a diffusion transformer, or a UNet."
+    )
+    dit_2: DitConfig | None = Field(
+        None,
+        description="The second denoiser of families with two experts, which takes the low noise levels; unset means stored as `dit`.",
+    )
     text_encoder: ComponentConfig = Field(
-        default_factory=ComponentConfig, description="Qwen2.5-VL's language model."
+        default_factory=ComponentConfig, description="The text encoder, or the first of two."
     )
-    vae: ComponentConfig = Field(
-        default_factory=ComponentConfig, description="The image autoencoder."
+    text_encoder_2: ComponentConfig | None = Field(
+        None,
+        description="The second text encoder of families with two; unset means stored as `text_encoder`.",
     )
+    vae: ComponentConfig = Field(default_factory=ComponentConfig, description="The autoencoder.")
 
     @property
     def components(self) -> dict[str, ComponentConfig]:
-        """Component name -> its settings, in the order in which a run uses them."""
-        return {"text_encoder": self.text_encoder, "vae": self.vae, "dit": self.dit}
+        """Component name -> its settings, of those that the family has, in the order in which a run uses them."""
+        frozen = {"trainable": "none", "lora": None, "source": None}
+        found: dict[str, ComponentConfig] = {}
+        for name in FAMILIES[self.family].components:
+            own = getattr(self, name)
+            if own is None:
+                # What was said of the first of two holds for both, but that it trains.
+                first = self.dit if name == "dit_2" else self.text_encoder
+                unused = {"gradient_checkpointing": False} if name == "dit_2" else {}
+                own = first.model_copy(update=frozen | unused)
+            found[name] = own
+        return found
 
-
-# A second family makes this a union discriminated by `family`.
-ModelConfig = QwenImageConfig
+    @property
+    def foreign_sections(self) -> tuple[str, ...]:
+        """Sections that are set for components which the family lacks."""
+        optional = ("dit_2", "text_encoder_2")
+        has = FAMILIES[self.family].components
+        return tuple(n for n in optional if n not in has and getattr(self, n) is not None)

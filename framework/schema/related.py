@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-_COMPONENTS = ("dit", "text_encoder", "vae")
+_COMPONENTS = ("dit", "dit_2", "text_encoder", "text_encoder_2", "vae")
 
 
 def related_keys(path: str) -> list[tuple[tuple[str, ...], str]]:

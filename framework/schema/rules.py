@@ -8,7 +8,10 @@ from dataclasses import replace
 from math import prod
 from typing import Any
 
+from framework.schema.data_rules import check_data
+from framework.schema.export_rules import check_adapters
 from framework.schema.families import FAMILIES
+from framework.schema.family_rules import check_family
 from framework.schema.findings import Finding, Judged, Where
 from framework.schema.run import RunConfig
 from framework.schema.unwanted import check_unwanted
@@ -39,6 +42,7 @@ def check_rules(
     judged = Judged(config, values, where)
     errors = [
         *_device_rules(judged),
+        *check_family(judged, trains=trains),
         *_size_rules(judged, trains),
         *_fp8_rules(judged),
         *_error_budget_rules(judged),
@@ -50,7 +54,9 @@ def check_rules(
             *_optim_rules(judged),
             *_process_rules(judged),
             *_batch_rules(judged),
+            *check_data(judged),
             *_logger_rules(judged),
+            *check_adapters(judged),
         ]
     return errors, list(check_unwanted(judged, trains=trains))
 

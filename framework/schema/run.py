@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from framework.schema.base import Section, unit
+from framework.schema.data_config import DataConfig as DataConfig
+from framework.schema.export import ExportConfig
 from framework.schema.model import ModelConfig
 
 OptimizerName = Literal[
@@ -16,71 +18,57 @@ OptimizerName = Literal[
 Sigma = Annotated[float, Field(gt=0, le=1)]
 
 
-class DataConfig(Section):
-    """The pictures and captions to train on."""
+class ObjectiveConfig(Section):
+    """What the denoiser learns.
 
-    path: str = Field(
-        min_length=1,
-        description="A folder of pictures (captions in .txt files or a metadata file), or a .csv, .jsonl or .parquet file.",
-        examples=["data/pictures", "data/pictures/metadata.csv"],
+    Flow matching (Lipman et al. 2022, arXiv:2210.02747): x_sigma = (1 - sigma) x0 + sigma noise, target noise - x0. DDPM
+    (Ho et al. 2020, arXiv:2006.11239): a noise schedule of 1000 steps, target noise or v. Direct distillation: the whole
+    sampling in few steps, target the picture that a teacher made of the same noise.
+    """
+
+    name: Literal["flow_matching", "ddpm", "direct_distill"] = Field(
+        "flow_matching",
+        description="The training objective; must be the one that the family was trained with, or direct_distill in place of flow_matching.",
     )
-    batch_size: int = Field(
-        1,
-        ge=1,
-        description="Pictures per device and micro-step; all of one batch share a size.",
-        json_schema_extra=unit("pictures", examples=[1, 8]),
-    )
-    max_px: int = Field(
-        1024 * 1024,
-        ge=256,
-        description="Pixel budget of a picture (width x height); aspect-ratio buckets keep below it.",
-        json_schema_extra=unit("pixels", examples=[65536, 1048576]),
-    )
-    max_aspect_ratio: float = Field(
-        2.0,
-        ge=1,
-        description="Longest allowed side ratio of a bucket; wider pictures are cropped to it.",
-        json_schema_extra=unit("longer side / shorter side", examples=[1.0, 2.0]),
-    )
-    repeats: int = Field(
-        1,
-        ge=1,
-        description="How often each picture stands in one epoch.",
-        json_schema_extra=unit("times", examples=[10]),
-    )
-    caption_dropout: float = Field(
+    sigma_min: float = Field(
         0.0,
         ge=0,
+        lt=1,
+        description="Lowest noise level that is trained, after any shift; with ddpm the lowest step / 1000.",
+        json_schema_extra=unit("noise level, 0 clean to 1 noise", examples=[0.0, 0.4]),
+    )
+    sigma_max: float = Field(
+        1.0,
+        gt=0,
         le=1,
-        description="Probability of training a picture with an empty caption.",
-        json_schema_extra=unit("probability", examples=[0.1]),
+        description="Highest noise level that is trained, after any shift; with ddpm the highest step / 1000.",
+        json_schema_extra=unit("noise level, 0 clean to 1 noise", examples=[1.0, 0.9]),
     )
-    num_workers: int = Field(
-        0,
+    guidance: float = Field(
+        1.0,
+        gt=0,
+        description="Guidance scale that models distilled with guidance (FLUX.1 dev) are given while they train; others don't read it.",
+        json_schema_extra=unit("factor", examples=[1.0, 3.5]),
+    )
+    min_snr_gamma: float | None = Field(
+        None,
+        gt=0,
+        description="Weight steps by min(SNR, gamma) (Hang et al. 2023, arXiv:2303.09556); read only with `name: ddpm`; unset weighs all alike.",
+        examples=[5.0],
+    )
+    noise_offset: float = Field(
+        0.0,
         ge=0,
-        description="Processes that read pictures.",
-        json_schema_extra=unit("processes", examples=[4]),
+        lt=1,
+        description="Standard deviation of a constant added to each channel's noise, for darker and brighter pictures; read only with `name: ddpm`.",
+        json_schema_extra=unit("standard deviations", examples=[0.05]),
     )
-    on_bad_sample: Literal["error", "skip"] = Field(
-        "error",
-        description="A picture that can't be read stops the run before it starts, or is skipped and counted.",
+    distill_steps: int = Field(
+        4,
+        ge=1,
+        description="Denoising steps of the student; read only with `name: direct_distill`.",
+        json_schema_extra=unit("denoising steps", examples=[4, 8]),
     )
-    cache: bool = Field(
-        True,
-        description="Encode pictures and captions once and keep the result, where the encoders are frozen.",
-    )
-    cache_dir: str = Field(
-        ".octavo/cache",
-        min_length=1,
-        description="Where encoded pictures and captions are kept; runs share it.",
-        examples=[".octavo/cache", "/scratch/octavo-cache"],
-    )
-
-
-class ObjectiveConfig(Section):
-    """Flow matching (Lipman et al. 2022, arXiv:2210.02747): x_sigma = (1 - sigma) x0 + sigma noise, target noise - x0."""
-
-    name: Literal["flow_matching"] = Field("flow_matching", description="The training objective.")
     timestep_sampling: Literal["uniform", "logit_normal"] = Field(
         "logit_normal",
         description="How noise levels are drawn (Esser et al. 2024, arXiv:2403.03206, section 3.1).",
@@ -290,6 +278,17 @@ class SampleConfig(Section):
         description="Seed of the first prompt's noise; prompt i uses seed + i.",
         examples=[0],
     )
+    num_frames: int = Field(
+        1,
+        ge=1,
+        description="Frames of a sample clip, for families that make clips; 1 for pictures.",
+        json_schema_extra=unit("frames", examples=[1, 81]),
+    )
+    control_images: tuple[str, ...] = Field(
+        (),
+        description="Control pictures, one per prompt, for families that edit pictures.",
+        examples=[["data/cat.png", "data/house.png"]],
+    )
     size_px: tuple[Annotated[int, Field(ge=16)], Annotated[int, Field(ge=16)]] = Field(
         (1024, 1024),
         description="Width and height.",
@@ -392,4 +391,7 @@ class RunConfig(Section):
         default_factory=ValidationConfig, description="Held-out loss."
     )
     logger: LoggerConfig = Field(default_factory=LoggerConfig, description="Logs.")
+    export: ExportConfig = Field(
+        default_factory=ExportConfig, description="Forms of the LoRA files that are written."
+    )
     run: RunSection = Field(description="Name and folder.")

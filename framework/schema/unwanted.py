@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from math import isqrt, prod
 
+from framework.schema.families import FAMILIES
 from framework.schema.findings import Finding, Judged
-from framework.schema.model import ComponentConfig
+from framework.schema.model import ComponentConfig, DitConfig
 from framework.schema.paths import value_at
 from framework.schema.run import ObjectiveConfig
 from framework.schema.wording import number_text
@@ -131,6 +132,15 @@ def _unused_settings(judged: Judged) -> Iterator[Finding]:
     unused: list[tuple[str, str, str]] = []
     if objective.loss != "huber":
         unused.append(("huber_delta", f"objective.loss={objective.loss}", "objective.loss=huber"))
+    if objective.name != "flow_matching":
+        reason, remedy = f"objective.name={objective.name}", "objective.name=flow_matching"
+        unused += [(k, reason, remedy) for k in ("timestep_sampling", "weighting")]
+    if objective.name != "ddpm":
+        reason, remedy = f"objective.name={objective.name}", "objective.name=ddpm"
+        unused += [(key, reason, remedy) for key in ("min_snr_gamma", "noise_offset")]
+    if objective.name != "direct_distill":
+        reason, remedy = f"objective.name={objective.name}", "objective.name=direct_distill"
+        unused.append(("distill_steps", reason, remedy))
     if objective.timestep_sampling != "logit_normal":
         reason = f"objective.timestep_sampling={objective.timestep_sampling}"
         remedy = "objective.timestep_sampling=logit_normal"
@@ -148,13 +158,7 @@ def _unused_settings(judged: Judged) -> Iterator[Finding]:
                 code="unused",
                 reads=(reason.partition("=")[0],),
             )
-    if config.model.dit.gradient_checkpointing and not _trains_through_dit(judged):
-        yield judged.finding(
-            "model.dit.gradient_checkpointing",
-            "is set but not used, because no gradient passes through the dit",
-            hint="Leave it out, or train the dit or the text encoder.",
-            code="unused",
-        )
+    yield from _unused_checkpointing(judged)
     if config.sample.every_n_steps and not config.sample.prompts:
         yield judged.finding(
             "sample.every_n_steps",
@@ -165,10 +169,21 @@ def _unused_settings(judged: Judged) -> Iterator[Finding]:
         )
 
 
-def _trains_through_dit(judged: Judged) -> bool:
-    model = judged.config.model
-    components: tuple[ComponentConfig, ...] = (model.dit, model.text_encoder)
-    return any(component.trainable != "none" for component in components)
+def _unused_checkpointing(judged: Judged) -> Iterator[Finding]:
+    model, spec = judged.config.model, FAMILIES[judged.config.model.family]
+    trained = [name for name, part in model.components.items() if part.trainable != "none"]
+    through = [name for name in spec.denoisers if name in trained]
+    if not through and set(trained) & set(spec.text_encoders):
+        through = list(spec.denoisers[:1])
+    for name in spec.denoisers:
+        part = model.components[name]
+        if isinstance(part, DitConfig) and part.gradient_checkpointing and name not in through:
+            yield judged.finding(
+                f"model.{name}.gradient_checkpointing",
+                f"is set but not used, because no gradient passes through the {name}",
+                hint=f"Leave it out, or train the {name} or the text encoder.",
+                code="unused",
+            )
 
 
 def _long_warmup(judged: Judged) -> Iterator[Finding]:

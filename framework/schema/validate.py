@@ -118,7 +118,7 @@ def judge_section(
 
 
 # Top-level sections that only training reads.
-_READ_TO_TRAIN = ("data", "run", "logger")
+_READ_TO_TRAIN = ("data", "run", "logger", "export")
 
 
 @dataclass

@@ -28,7 +28,7 @@ def generate_command(row: PointResult, sweep: Mapping[str, Any]) -> str:
     base = Path(str(sweep.get("cwd") or Path.cwd()))
     trained = []
     if run.trained_model is not None:
-        for name in ("dit", "text_encoder", "vae"):
+        for name in ("dit", "dit_2", "text_encoder", "text_encoder_2", "vae"):
             if run.setting(f"model.{name}.trainable") == "full":
                 trained.append(f"model.{name}.source={shown_from(run.trained_model, base)}")
     lora = [] if run.lora is None else ["--lora", shown_from(run.lora, base)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from framework.atomic import write_text
@@ -16,13 +17,17 @@ _BLOCK_BYTES = 1 << 22
 
 
 def read_encoder_identity(
-    plan: VramPlan, component: ComponentPlan, *, stamp_folder: Path, tokenizer: Path | None = None
+    plan: VramPlan,
+    component: ComponentPlan,
+    *,
+    stamp_folder: Path,
+    tokenizers: Sequence[Path] = (),
 ) -> str:
     """Describe the encoder so that anything which changes its output changes the description.
 
     The weights of a hub checkpoint are named by their commit. Local weight files are read once in full;
     their hashes are remembered in `stamp_folder` while path, size and modification time stay the same.
-    tokenizer: folder of the tokenizer, where captions are encoded; hashed in full (it is small).
+    tokenizers: folders of tokenizers and the like, where captions are encoded; hashed in full (they are small).
     """
     files = {Path(tensor.file) for group in component.groups for tensor in group.tensors}
     files.add(Path(component.folder) / "config.json")
@@ -33,8 +38,10 @@ def read_encoder_identity(
         else:
             content = _file_hash(file, stamp_folder)
         weights.update(f"{file.name}={content}\n".encode())
-    if tokenizer is not None:
-        for file in sorted(path for path in tokenizer.iterdir() if path.is_file()):
+    for tokenizer in tokenizers:
+        index = tokenizer.parent / "model_index.json"  # which pipeline's prompt template is used
+        files_beside = sorted(path for path in tokenizer.iterdir() if path.is_file())
+        for file in [*files_beside, *([index] if index.is_file() else [])]:
             weights.update(f"{file.name}={_hash(file)}\n".encode())
     return encoder_identity(
         component.name,

@@ -5,19 +5,21 @@ Shape letters: B batch, C latent channels, H W picture px, h w latent size, L te
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, Self
 
 import lightning.pytorch as pl
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from framework.errors import RunError
 from framework.models import Family, TextConditioning
-from framework.plan.build import build_plan
+from framework.plan.build import build_plan, trained_denoiser
 from framework.plan.types import Phase, Purpose, VramPlan
 from framework.runtime.devices import COMPUTE_DTYPES
 from framework.runtime.residency import Residency, unwatched
@@ -26,7 +28,7 @@ from framework.training.data_module import DiffusionDataModule
 from framework.training.ema import TrainableEma
 from framework.training.memory import PhasePeaks
 from framework.training.metrics import StepClock
-from framework.training.objective import Objective
+from framework.training.objective import Batch, Objective
 from framework.training.optimizers import apply_settings_, build_optimizer, build_schedule
 from framework.training.progress import show_loading
 from framework.training.reproducibility import generator_states, restore_generator_states_
@@ -56,7 +58,8 @@ class DiffusionTrainingModule(pl.LightningModule):
         self.plan = plan
         self.family = family
         self.residency: Residency
-        self.objective = Objective(config.objective, family, config.trainer.seed)
+        self.denoiser = trained_denoiser(config.model)
+        self.objective = Objective(config.objective, family, config.trainer.seed, self.denoiser)
         self.components = nn.ModuleDict()
         self.ema: TrainableEma | None = None
         self.peaks = PhasePeaks()
@@ -201,14 +204,17 @@ class DiffusionTrainingModule(pl.LightningModule):
         losses: dict[str, Tensor] = {}
         global_batch = self.config.data.batch_size * self.trainer.world_size
         places = [batch_idx * global_batch + int(p) for p in batch["positions"].tolist()]
-        if self._trained & {"dit", "text_encoder"}:
-            losses["train/flow_loss"] = self.objective.flow_loss(
+        if self.trains_flow:
+            encoded = Batch(
                 self._latents(batch),
                 self._text(batch),
-                self.components["dit"],
-                places=places,
-                size_px=self._data.train_size_px(batch),
+                places,
+                self._data.train_size_px(batch),
+                mask=batch.get("mask"),
+                noise_seeds=batch.get("noise_seeds"),
             )
+            dit = self.components[self.denoiser]
+            losses["train/flow_loss"] = self.objective.denoising_loss(encoded, dit)
         if "vae" in self._trained:
             losses["train/vae_loss"] = self.objective.reconstruction_loss(
                 batch["pixels"], self.components["vae"], places=places
@@ -222,7 +228,7 @@ class DiffusionTrainingModule(pl.LightningModule):
     def validation_losses(self, batch: dict[str, Any], *, sigma: float, seeds: list[int]) -> Tensor:
         """Loss (B,) of each held-out sample at one noise level; call it inside `evaluating`."""
         latents, text = self._latents(batch), self._text(batch)
-        dit = self.components["dit"]
+        dit = self.components[self.denoiser]
         return self.objective.losses_at(sigma, latents, text, dit, seeds=seeds)
 
     def reconstruction_errors(self, batch: dict[str, Any]) -> Tensor:
@@ -233,8 +239,9 @@ class DiffusionTrainingModule(pl.LightningModule):
 
     @property
     def trains_flow(self) -> bool:
-        """Whether the flow-matching loss is part of the run."""
-        return bool(self._trained & {"dit", "text_encoder"})
+        """Whether the denoiser's loss is part of the run."""
+        spec = self.family.spec
+        return bool(self._trained & {*spec.denoisers, *spec.text_encoders})
 
     @property
     def trains_vae(self) -> bool:
@@ -261,12 +268,37 @@ class DiffusionTrainingModule(pl.LightningModule):
         return latents
 
     def _text(self, batch: dict[str, Any]) -> TextConditioning:
-        """Captions from the cache, or encoded now; with gradients where the text encoder trains."""
-        if "captions" not in batch:
-            return TextConditioning(batch["text_embeds"], batch["text_mask"])
-        trains = "text_encoder" in self._trained and torch.is_grad_enabled()
+        """Captions and what goes with them from the cache, or encoded now; with gradients where text encoders train."""
+        if "captions" in batch:
+            text = self._encode_captions(batch)
+        else:
+            text = TextConditioning(
+                batch["text_embeds"], batch["text_mask"], pooled=batch.get("text_pooled")
+            )
+        controls = batch.get("controls", [])
+        if controls and not isinstance(controls[0], Tensor):
+            with torch.no_grad():
+                controls = [self._encode_controls(place) for place in controls]
+        return replace(
+            text,
+            controls=tuple(control.float() for control in controls),
+            geometry=batch["geometry"],
+        )
+
+    def _encode_captions(self, batch: dict[str, Any]) -> TextConditioning:
+        names = self.family.spec.text_encoders
+        encoders = {name: self.components[name] for name in names}
+        trains = bool(self._trained & set(names)) and torch.is_grad_enabled()
+        # Pictures are given by place, and are shown to the encoder by sample.
+        places = batch.get("control_images", batch.get("controls", []))
+        shown = list(zip(*places, strict=True)) if places else ()
         with torch.set_grad_enabled(trains):
-            return self.family.encode_text(batch["captions"], self.components["text_encoder"])
+            return self.family.encode_text(batch["captions"], encoders, controls=shown)
+
+    def _encode_controls(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """Latents (B, C, h, w) of the control pictures in one place of each sample."""
+        vae = self.components["vae"]
+        return torch.cat([self.family.encode_control(picture, vae) for picture in pictures])
 
     # ---- optimizer -------------------------------------------------------------------------------
 

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from framework import __version__
+from framework.errors import ConfigError, Fault
 from framework.hub import fetch_place
+from framework.models.published_layout import save_component
+from framework.plan.types import VramPlan
 from framework.runtime.adapters import save_lora
+from framework.runtime.lora_files import CONFIG_KEY
+from framework.runtime.lora_writing import RESULT_NAMES
+from framework.schema import RunConfig
+from framework.schema.lora_keys import FAMILY_NAMES, why_not
 
-LORA_FILE = "lora.safetensors"
 MODEL_FOLDER = "model"
 
 
@@ -36,15 +44,37 @@ class RunResult:
     is_first_process: bool = True
 
 
+def check_exports(config: RunConfig, plan: VramPlan) -> VramPlan:
+    """The plan, unless a form of `export.formats` has no name for a layer that trains.   Raises ConfigError."""
+    names = FAMILY_NAMES.get(plan.family)
+    faults = []
+    for index, form in enumerate(config.export.formats):
+        for part in plan.components:
+            if part.trainable != "lora" or part.lora is None or names is None:
+                continue
+            layers = {layer.name: part.lora.use_dora for layer in part.lora.layers}
+            reason = why_not(names, part.name, layers, form)
+            if reason is not None:
+                hint = f"Leave {form} out, or these layers out of model.{part.name}.lora.target_modules."
+                faults.append(
+                    Fault(f"export.formats[{index}]", f"{form}: {reason}", hint=hint, code="rule")
+                )
+    if faults:
+        raise ConfigError(faults)
+    return plan
+
+
 def save_results(module: Any, run_dir: Path, *, steps: int) -> tuple[Path | None, Path | None]:
     """Write the LoRA file and the fully trained components, with averaged weights where they are kept.
 
-    Returns (LoRA file, folder of the components), None for what doesn't train.
+    The LoRA is written once for each of `export.formats`.
+    Returns (the first LoRA file, folder of the components), None for what doesn't train.
     """
     plan, components = module.plan, module.components
     adapters = [c for c in plan.components if c.trainable == "lora"]
     adapted = {c.name: components[c.name] for c in adapters}
     full = [c for c in plan.components if c.trainable == "full"]
+    written: list[Path] = []
     averaged = module.ema.swapped() if module.ema is not None else nullcontext()
     with averaged:
         if adapted:
@@ -55,17 +85,44 @@ def save_results(module: Any, run_dir: Path, *, steps: int) -> tuple[Path | None
                 "base_commit": base.commit or "",
                 "steps": str(steps),
                 "trained_with": f"octavo {__version__}",
+                "modelspec.title": module.config.run.name,
+                CONFIG_KEY: json.dumps(module.config.model_dump(mode="json"), sort_keys=True),
+                "octavo.dataset_hash": _dataset_hash(module.trainer.datamodule),
             }
-            save_lora(run_dir / LORA_FILE, adapted, metadata=metadata)
+            for form in dict.fromkeys(module.config.export.formats):
+                written += save_lora(
+                    run_dir / RESULT_NAMES[form],
+                    adapted,
+                    form=form,
+                    family=_known(plan.family),
+                    metadata=metadata,
+                    scale_in_header=False,
+                )
         for component in full:
-            subfolder = module.family.spec.components[component.name].subfolder
-            module.family.save_full_component(
-                component.name,
+            spec = module.family.spec.components[component.name]
+            folder = fetch_place(component.folder)
+            save_component(
+                spec,
                 components[component.name],
-                run_dir / MODEL_FOLDER / subfolder,
-                source_folder=fetch_place(component.folder),
+                run_dir / MODEL_FOLDER / spec.subfolder,
+                source_folder=folder,
+                source_files=component.source_files(folder),
             )
     return (
-        run_dir / LORA_FILE if adapted else None,
+        written[0] if written else None,
         run_dir / MODEL_FOLDER if full else None,
     )
+
+
+def _known(family: str) -> str | None:
+    """The family, if its layers have names in other programs."""
+    return family if family in FAMILY_NAMES else None
+
+
+def _dataset_hash(data: Any) -> str:
+    """Hash of all pictures and captions, held out or not, whatever their order and their files' names."""
+    sets = [data.train_set, *([data.validation_set] if data.validation_set is not None else [])]
+    rows = sorted(
+        f"{checked.content_key} {checked.sample.caption}" for one in sets for checked in one.samples
+    )
+    return hashlib.sha256("\n".join(rows).encode()).hexdigest()

@@ -3,7 +3,7 @@
     <output_dir>/<run.name>/<NNN>/
         config.yaml   run.json   plan.json   plan.txt   metrics.csv   tensorboard/
         checkpoints/step-00000100.ckpt   samples/step-000000/00.png   samples.png
-        lora.safetensors   model/<subfolder>/
+        lora.safetensors   lora_kohya.safetensors   lora_comfyui.safetensors   lora_peft/   model/<subfolder>/
 
 The decision is made from what is on the disk before any process writes, so that all processes of a run
 come to the same one; the folder is made afterwards by the first process alone.
@@ -39,6 +39,7 @@ FREE_KEYS = (
     ("trainer", "log_every_n_steps"),
     ("trainer", "global_batch_size"),
     ("logger",),
+    ("export",),
 )
 _PACKAGES = ("torch", "lightning", "diffusers", "transformers", "peft")
 

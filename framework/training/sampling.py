@@ -11,8 +11,8 @@ import numpy as np
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 
-from framework.inference.generate import encode_prompts
-from framework.inference.sheet import sample_sheet, save_png
+from framework.inference.generate import encode_prompts, read_control, sample_rows
+from framework.inference.sheet import as_picture, sample_sheet, save_png, save_sample
 from framework.models import SampleSettings, TextConditioning
 from framework.schema import SampleConfig
 from framework.training.progress import show_work
@@ -61,55 +61,64 @@ class SampleCallback(pl.Callback):
                 self._sample(trainer, module, self.run_dir, show=only_first)
         trainer.strategy.barrier("samples")
 
-    def _sample(self, trainer: pl.Trainer, module: Any, run_dir: Path, *, show: bool) -> None:
+    def _sample(self, trainer: Any, module: Any, run_dir: Path, *, show: bool) -> None:
         step = trainer.global_step
         settings = SampleSettings(
             size_px=self._config.size_px,
             num_inference_steps=self._config.num_inference_steps,
             guidance_scale=self._config.guidance_scale,
             seed=self._config.seed,
+            num_frames=self._config.num_frames,
         )
-        live = self._encode_live(trainer, module, settings)
-        positive, negative = live or self._cached(trainer, settings)
-        num_steps = settings.num_inference_steps * len(self._config.prompts)
+        config = self._config
+        controls = [read_control(path) for path in config.control_images]
+        rows = self._encode_live(trainer, module, settings, controls)
+        if rows is None:
+            rows = [
+                trainer.datamodule.cached_prompt(prompt, place)
+                for place, prompt in enumerate(config.prompts)
+            ]
+        num_steps = settings.num_inference_steps * len(config.prompts)
         with (
             module.sampling() as modules,
             module.autocast(),
             show_work("making sample pictures", num_steps, enabled=show) as ticker,
         ):
-            pictures = module.family.sample(
-                positive, negative, modules, settings, on_step=lambda done, total: ticker.advance()
+            made = sample_rows(
+                module.family,
+                rows,
+                modules,
+                settings,
+                controls=controls,
+                on_step=lambda done, total: ticker.advance(),
             )
         folder = step_folder(run_dir, step)
-        for index, (picture, prompt) in enumerate(zip(pictures, self._config.prompts, strict=True)):
+        for index, (sample, prompt) in enumerate(zip(made, config.prompts, strict=True)):
             facts = {"prompt": prompt, "seed": str(settings.seed + index), "step": str(step)}
-            save_png(picture, folder / f"{index:02d}.png", facts)
-        self._log(trainer, pictures)
-        write_sheet(run_dir, self._config.prompts)
+            save_sample(sample, folder / f"{index:02d}.png", facts)
+        self._log(trainer, [as_picture(sample) for sample in made])
+        write_sheet(run_dir, config.prompts)
 
     def _encode_live(
-        self, trainer: Any, module: Any, settings: SampleSettings
-    ) -> tuple[TextConditioning, TextConditioning | None] | None:
-        """Encode the prompts with the text encoder that trains, or where nothing is cached; else None."""
+        self,
+        trainer: Any,
+        module: Any,
+        settings: SampleSettings,
+        controls: list[Image.Image],
+    ) -> list[tuple[TextConditioning, TextConditioning | None]] | None:
+        """Encode the prompts with text encoders that train, or where nothing is cached; else None."""
         if trainer.datamodule.caches_prompts:
             return None
+        names = module.family.spec.text_encoders
         with module.evaluating():
             return encode_prompts(
                 module.family,
-                module.components["text_encoder"],
+                {name: module.components[name] for name in names},
                 self._config.prompts,
                 self._config.negative_prompt,
                 settings,
+                controls,
             )
-
-    def _cached(
-        self, trainer: Any, settings: SampleSettings
-    ) -> tuple[TextConditioning, TextConditioning | None]:
-        data = trainer.datamodule
-        rows = [data.cached_prompt(prompt) for prompt in self._config.prompts]
-        guided = settings.guidance_scale > 1
-        negative = data.cached_prompt(self._config.negative_prompt) if guided else None
-        return TextConditioning.collate(rows), negative
 
     def _log(self, trainer: pl.Trainer, pictures: list[Image.Image]) -> None:
         for logger in trainer.loggers:

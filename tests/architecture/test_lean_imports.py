@@ -72,6 +72,7 @@ def test_a_refusal_is_quick_and_leaves_no_trace(
         "framework.schema",
         "framework.schema.validate",
         "framework.compose",
+        "framework.migrate",
         "framework.inventory",
         "framework.hub",
         "framework.plan.build",

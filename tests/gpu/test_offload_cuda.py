@@ -14,7 +14,7 @@ from framework.plan.build import build_plan
 from framework.plan.types import ComponentPlan
 from framework.plan.units import component_units
 from framework.runtime.load import load_component
-from framework.schema import QwenImageConfig
+from framework.schema import ModelConfig
 from framework.storage.fetching import Fetcher, Parcel, Unit
 from framework.storage.stores import Slot, fill_slot, host_stores
 from framework.storage.weights import StoredWeight
@@ -45,7 +45,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def part_of(folder: Path, converted: Path, **settings: Any) -> ComponentPlan:
-    model = QwenImageConfig.model_validate(
+    model = ModelConfig.model_validate(
         {
             "family": "qwen_image",
             "source": str(folder),

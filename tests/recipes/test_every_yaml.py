@@ -99,7 +99,13 @@ def test_an_option_of_a_group_is_valid(path: Path, monkeypatch: pytest.MonkeyPat
         "importlib.util.find_spec", lambda name: object()
     )  # extras needn't be installed
     group = path.parent.relative_to(ROOT / "conf").as_posix()
-    given = ["logger.wandb.project=x"] if path.stem == "wandb" else []
+    beside = {
+        "wandb": ["logger.wandb.project=x"],
+        "sdxl": ["objective=ddpm"],
+        "ddpm": ["model=sdxl"],
+        "qwen_image_edit": ["sample.prompts=[]"],
+    }
+    given = beside.get(path.stem, [])
     section = "model" if group == VRAM else group
     composition = composed(["recipe=pocket_lora", f"{group}={path.stem}", *GIVEN, *given])
     validate(composition.values, composition.where)

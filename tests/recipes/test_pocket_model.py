@@ -53,7 +53,7 @@ def test_diffusers_makes_the_same_pictures(exact: list[Image.Image]) -> None:
     pipeline = QwenImagePipeline.from_pretrained(POCKET, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     family = get_family("qwen_image")
-    family.load_extras(POCKET / "tokenizer", POCKET / "scheduler")
+    family.load_extras({"tokenizer": POCKET / "tokenizer", "scheduler": POCKET / "scheduler"})
     for index, (prompt, picture) in enumerate(zip(PROMPTS, exact, strict=True)):
         # The pipeline takes packed latents: (1, tokens, 4 channels), 2 x 2 positions to a token.
         noise = family.initial_latents(64, 64, SETTINGS.seed + index)

@@ -121,7 +121,7 @@ def test_fetching_is_pinned_and_takes_no_pickles(fake: FakeHub) -> None:
     assert found.folder == fake.snapshot / "transformer"
     [(revision, patterns)] = fake.asked("snapshot_download")
     assert revision == COMMIT
-    assert all(pattern.startswith("transformer/*.") for pattern in patterns)
+    assert all(p == "model_index.json" or p.startswith("transformer/*.") for p in patterns)
     assert {pattern.rpartition(".")[2] for pattern in patterns} == {
         "json", "txt", "jinja", "model", "safetensors",
     }  # fmt: skip
@@ -236,8 +236,10 @@ def test_a_repository_without_the_folder(fake: FakeHub) -> None:
         SourceError, match=r'(?s)no complete safetensors weights in "unet".*transformer'
     ):
         hub.locate_headers(REPO, "unet", revision="main")
-    with pytest.raises(SourceError, match='no folder "unet"'):
+    with pytest.raises(SourceError, match='no complete safetensors weights in "unet"'):
         hub.locate_component(REPO, "unet", revision="main")
+    with pytest.raises(SourceError, match='no folder "unet"'):
+        hub.locate_extra(REPO, "unet", revision="main")
 
 
 def test_local_folder_is_found_from_anywhere(
@@ -247,7 +249,7 @@ def test_local_folder_is_found_from_anywhere(
     found = hub.locate_component(tiny_checkpoint.name, "vae", revision="main")
     assert found == hub.ComponentFiles(tiny_checkpoint / "vae", None)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hub, "REPOSITORY", tiny_checkpoint.parent)
+    monkeypatch.setattr(hub.local, "REPOSITORY", tiny_checkpoint.parent)
     assert hub.locate_headers(tiny_checkpoint.name, "vae", revision="main").place == str(
         tiny_checkpoint / "vae"
     )
@@ -314,3 +316,157 @@ def test_a_config_that_is_none_is_named(tmp_path: Path, text: str | None, messag
     with pytest.raises(SourceError, match=message) as caught:
         hub.read_component_config(str(tmp_path))
     assert caught.value.where == str(tmp_path / "config.json")
+
+
+def as_cache(checkpoint: Path, folder: Path) -> Path:
+    """A repository as huggingface_hub keeps it."""
+    repository = folder / "models--Qwen--Qwen-Image"
+    shutil.copytree(checkpoint, repository / "snapshots" / COMMIT)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    return repository
+
+
+def test_a_repository_in_the_cache_may_be_named_as_a_folder(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    repository = as_cache(tiny_checkpoint, tmp_path)
+    snapshot = repository / "snapshots" / COMMIT
+    for revision in ("main", COMMIT):
+        headers = hub.locate_headers(str(repository), "vae", revision=revision)
+        assert (headers.place, headers.commit) == (str(snapshot / "vae"), COMMIT)
+        assert hub.locate_extra(str(repository), "tokenizer", revision=revision) == (
+            snapshot / "tokenizer"
+        )
+        found = hub.find_on_disk(str(repository), "vae", revision=revision)
+        assert found == hub.ComponentFiles(snapshot / "vae", COMMIT)
+    with pytest.raises(
+        SourceError,
+        match=rf'(?s)no snapshot of revision "v2".*revisions: main; commits: {COMMIT}.*hf download Qwen/Qwen-Image',
+    ):
+        hub.locate_headers(str(repository), "vae", revision="v2")
+
+
+def single_file(checkpoint: Path, folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    [file] = (checkpoint / "vae").glob("*.safetensors")
+    return Path(shutil.copyfile(file, folder / "some_vae.safetensors"))
+
+
+def test_a_single_file_takes_its_config_from_the_model(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    file = single_file(tiny_checkpoint, tmp_path / "comfy")
+    headers = hub.locate_headers(
+        str(file), "vae", revision="main", config_source=str(tiny_checkpoint)
+    )
+    assert (headers.place, headers.file) == (str(tiny_checkpoint / "vae"), file)
+    assert headers.commit is None
+    assert {Path(tensor.file) for tensor in headers.tensors.values()} == {file}
+    files = hub.find_on_disk(str(file), "vae", revision="main", config_source=str(tiny_checkpoint))
+    assert files is not None
+    assert hub.read_headers(files) == headers
+
+
+def test_a_config_beside_a_single_file_comes_first(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    file = single_file(tiny_checkpoint, tmp_path / "own")
+    shutil.copy(tiny_checkpoint / "vae" / "config.json", file.parent)
+    headers = hub.locate_headers(
+        str(file), "vae", revision="main", config_source=str(tiny_checkpoint)
+    )
+    assert headers.place == str(file.parent)
+
+
+def test_the_config_of_a_single_file_is_fetched_without_weights(
+    fake: FakeHub, tmp_path: Path
+) -> None:
+    file = single_file(fake.folder, tmp_path / "comfy")
+    find = {"revision": COMMIT, "config_source": REPO}
+    assert hub.find_on_disk(str(file), "vae", **find) is None
+    headers = hub.locate_headers(str(file), "vae", **find)
+    assert headers.place == str(fake.snapshot / "vae")
+    assert not list(fake.snapshot.rglob("*.safetensors"))
+    assert hub.find_on_disk(str(file), "vae", **find) is not None
+
+
+def test_a_whole_checkpoint_has_its_extras_beside_it(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    file = single_file(tiny_checkpoint, tmp_path / "m")
+    shutil.copytree(tiny_checkpoint / "tokenizer", tmp_path / "m" / "tokenizer")
+    assert hub.locate_extra(str(file), "tokenizer", revision="main") == file.parent / "tokenizer"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "a.ckpt",
+            r"(?s)pickled weights.*torch\.load\('a\.ckpt'.*weights_only=True.*'a\.safetensors'",
+        ),
+        ("a.gguf", r"(?s)isn't a safetensors file.*a \.gguf file"),
+    ],
+)
+def test_files_that_are_never_read(name: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(SourceError, match=message):
+        hub.find_folder(str(tmp_path / name))
+
+
+def test_a_file_of_a_repository_is_not_fetched_by_its_path(fake: FakeHub) -> None:
+    source = "Comfy-Org/z_image/split_files/diffusion_models/z.safetensors"
+    with pytest.raises(
+        SourceError,
+        match=r"hf download Comfy-Org/z_image split_files/diffusion_models/z\.safetensors",
+    ):
+        hub.find_folder(source)
+    for absolute in ("/no/such.safetensors", "~/no/such.safetensors"):
+        with pytest.raises(SourceError, match=r"does not exist") as caught:
+            hub.find_folder(absolute)
+        assert "hf download" not in caught.value.hint
+
+
+@pytest.fixture
+def variants(fake: FakeHub, tmp_path: Path) -> FakeHub:
+    """A hub whose VAE is published plain and as fp16, and nothing else in variants."""
+    folder = Path(shutil.copytree(fake.folder, tmp_path / "repository"))
+    [file] = (folder / "vae").glob("*.safetensors")
+    shutil.copyfile(file, folder / "vae" / "diffusion_pytorch_model.fp16.safetensors")
+    fake.folder = folder
+    return fake
+
+
+def test_only_the_variant_is_fetched(variants: FakeHub) -> None:
+    headers = hub.locate_headers(REPO, "vae", revision="main", variant="fp16")
+    assert headers.place == f"hf://{REPO}@{COMMIT}/vae#fp16"
+    assert headers.variant == "fp16"
+    assert variants.asked("header") == ["vae/diffusion_pytorch_model.fp16.safetensors"]
+    folder = hub.fetch_place(headers.place)
+    assert [path.name for path in folder.glob("*.safetensors")] == [
+        "diffusion_pytorch_model.fp16.safetensors"
+    ]
+    assert hub.locate_headers(REPO, "vae", revision="main", variant="fp16").place == str(folder)
+    # The plain files are another matter, and aren't there.
+    assert hub.locate_headers(REPO, "vae", revision="main").place.startswith("hf://")
+    assert hub.find_on_disk(REPO, "vae", revision=COMMIT) is None
+    assert hub.find_on_disk(REPO, "vae", revision=COMMIT, variant="fp16") is not None
+
+
+def test_plain_files_are_fetched_without_variants(variants: FakeHub) -> None:
+    folder = hub.locate_component(REPO, "vae", revision="main").folder
+    assert [path.name for path in folder.glob("*.safetensors")] == [
+        "diffusion_pytorch_model.safetensors"
+    ]
+
+
+def test_a_component_without_variants_is_taken_as_it_is(variants: FakeHub) -> None:
+    headers = hub.locate_headers(REPO, "transformer", revision="main", variant="fp16")
+    assert headers.place == f"hf://{REPO}@{COMMIT}/transformer"
+    assert headers.variant is None
+    hub.locate_component(REPO, "transformer", revision="main", variant="fp16")
+    again = hub.locate_headers(REPO, "transformer", revision="main", variant="fp16")
+    assert again.place == str(variants.snapshot / "transformer")
+    assert again.variant is None
+
+
+def test_a_variant_that_is_not_published_is_named(variants: FakeHub) -> None:
+    with pytest.raises(SourceError, match=r'(?s)no variant "bf16".*variants: fp16'):
+        hub.locate_headers(REPO, "vae", revision="main", variant="bf16")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from framework.errors import SourceError
-from framework.inventory import read_inventory
+from framework.inventory import choose_index, file_variant, read_inventory
 
 
 @pytest.fixture
@@ -178,3 +179,52 @@ def test_a_git_lfs_pointer_is_told_from_a_damaged_file(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="Git LFS pointer") as caught:
         read_inventory(tmp_path)
     assert "git lfs pull" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [
+        ("model.safetensors", None),
+        ("model.fp16.safetensors", "fp16"),
+        ("diffusion_pytorch_model-00001-of-00003.safetensors", None),
+        ("diffusion_pytorch_model.bf16-00001-of-00003.safetensors", "bf16"),
+        ("diffusion_pytorch_model-00001-of-00003.fp16.safetensors", "fp16"),
+        ("wan_2.1_vae.safetensors", None),
+        ("qwen_2.5_vl_7b.safetensors", None),
+    ],
+)
+def test_variants_are_told_by_the_names_that_are_given_to_them(
+    name: str, variant: str | None
+) -> None:
+    assert file_variant(name) == variant
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors.index.fp16.json", "model.fp16.safetensors.index.json"]
+)
+def test_the_index_of_a_variant_is_found(name: str) -> None:
+    names = ["model.safetensors.index.json", name]
+    assert choose_index(names, "fp16") == name
+    assert choose_index(names, None) == "model.safetensors.index.json"
+    assert choose_index(names, "bf16") is None
+
+
+def test_a_part_of_a_tensor_is_its_rows(tmp_path: Path) -> None:
+    values = torch.arange(24, dtype=torch.float32).reshape(6, 4)
+    file = write(tmp_path, w=values)
+    whole = read_inventory(tmp_path)["w"]
+    part = whole.cut((2, 4), first_row=3)
+    data = file.read_bytes()[part.start : part.end]
+    assert data == values[3:5].numpy().tobytes()
+    assert whole.cut_like((2, 4), part.excerpt) == part
+    assert whole.cut_like((6, 4), None) is whole
+
+
+def test_pickles_are_refused_with_the_way_to_convert_them(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(2)}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(SourceError, match="only pickled weights") as caught:
+        read_inventory(tmp_path)
+    [command] = re.findall(r'python -c "(.*)"', caught.value.hint)
+    subprocess.run([sys.executable, "-c", command], check=True, cwd=tmp_path)
+    (tmp_path / "pytorch_model.bin").unlink()
+    assert read_inventory(tmp_path)["w"].shape == (2,)

@@ -258,7 +258,7 @@ def test_an_unknown_option_of_the_root_can_still_be_chosen(own_conf: Path) -> No
     file.write_text(file.read_text().replace("model: qwen_image", "model: qwen_imag"))
     composition = compose_run(["recipe=pocket_lora", "model=qwen_image"])
     (fault,) = composition.faults
-    assert (fault.path, fault.nearest) == ("model", ("qwen_image",))
+    assert (fault.path, fault.nearest[0]) == ("model", "qwen_image")
     assert fault.where.startswith("conf/config.yaml:")
     assert composition.values["model"]["family"] == "qwen_image"
 

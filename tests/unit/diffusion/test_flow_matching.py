@@ -21,6 +21,7 @@ from framework.diffusion.flow_matching import (
     sample_losses,
     sample_seed,
     shift_sigmas,
+    unshift_sigma,
     velocity_target,
 )
 
@@ -198,3 +199,50 @@ def test_loss_of_half_precision_is_taken_in_float32() -> None:
     assert float(loss.detach()) == 9.0
     loss.backward()
     assert prediction.grad is not None
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "logit_normal"])
+def test_limited_levels_are_the_same_distribution_cut_off(sampling: str) -> None:
+    """Kolmogorov-Smirnov distance to the whole distribution's draws between the limits; .04 is far above chance."""
+    many = seeds(6000, "sigma")
+    options = {"sampling": sampling, "logit_mean": 0.3, "logit_std": 0.8}
+    limited = draw_sigmas(many, within=(0.4, 0.9), **options).sort().values
+    whole = draw_sigmas(many, **options)
+    inside = whole[(whole >= 0.4) & (whole <= 0.9)].sort().values
+    assert float(limited.min()) >= 0.4
+    assert float(limited.max()) <= 0.9
+    points = torch.linspace(0.4, 0.9, 50)
+    shares = [torch.searchsorted(x, points) / len(x) for x in (limited, inside)]
+    assert float((shares[0] - shares[1]).abs().max()) < 0.04
+
+
+def test_the_shift_can_be_undone() -> None:
+    for factor in (0.5, 1.0, 3.0):
+        for sigma in (0.0, 0.2, 1.0):
+            shifted = shift_sigmas(torch.tensor([unshift_sigma(sigma, factor)]), factor)
+            assert float(shifted) == pytest.approx(sigma, abs=1e-6)
+
+
+def test_a_mask_counts_where_it_is_white() -> None:
+    """A mask of the pictures is averaged over each latent's pixels; black ones give no loss and no gradient."""
+    torch.manual_seed(0)
+    prediction = torch.randn(2, 4, 8, 8, requires_grad=True)
+    target = torch.randn(2, 4, 8, 8)
+    mask = torch.zeros(2, 1, 64, 64)
+    mask[:, :, :, :32] = 1
+    mask[1, :, :8, :4] = 0  # half of one latent's pixels
+    found = sample_losses(prediction, target, mask=mask)
+    weight = torch.zeros(2, 1, 8, 8)
+    weight[..., :4] = 1
+    weight[1, 0, 0, 0] = 0.5
+    expected = ((prediction - target) ** 2 * weight).flatten(1).mean(1)
+    torch.testing.assert_close(found, expected)
+    found.sum().backward()
+    assert prediction.grad is not None
+    assert not prediction.grad[..., 4:].any()
+    clip = sample_losses(prediction[:, :, None], target[:, :, None], mask=mask)
+    torch.testing.assert_close(clip, expected)
+
+
+def test_unipc_calls_the_shift_by_another_name() -> None:
+    assert resolve_shift("scheduler", {"flow_shift": 5.0}, 100) == 5.0

@@ -18,19 +18,19 @@ from framework.plan.build import build_inference_plan
 from framework.plan.types import LoraPlan
 from framework.runtime.adapters import LoraSettings, attach_lora_, save_lora
 from framework.runtime.load import load_component
-from framework.schema import QwenImageConfig
+from framework.schema import ModelConfig
 
 PROMPTS = ("a red apple", "a house with a garden and a much longer caption than the first")
 
 
-def model_of(folder: Path, **changes: object) -> QwenImageConfig:
+def model_of(folder: Path, **changes: object) -> ModelConfig:
     values = {
         "family": "qwen_image",
         "source": str(folder),
         "compute_dtype": "fp32",
         "device": "cpu",
     }
-    return QwenImageConfig.model_validate({**values, **changes})
+    return ModelConfig.model_validate({**values, **changes})
 
 
 def psnr(first: Image.Image, second: Image.Image) -> float:
@@ -228,7 +228,7 @@ def test_a_failed_write_leaves_no_empty_file(
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(module, "save_png", fail)
+    monkeypatch.setattr(module, "save_sample", fail)
     picture = Image.new("RGB", (8, 8))
     with pytest.raises(OSError, match="disk full"):
         write_images([picture], ["a"], tmp_path, settings=SampleSettings((8, 8)), source="x")

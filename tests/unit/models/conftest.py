@@ -34,7 +34,9 @@ def load(
 @pytest.fixture(scope="session")
 def family(tiny_checkpoint: Path) -> Family:
     family = get_family("qwen_image")
-    family.load_extras(tiny_checkpoint / "tokenizer", tiny_checkpoint / "scheduler")
+    family.load_extras(
+        {"tokenizer": tiny_checkpoint / "tokenizer", "scheduler": tiny_checkpoint / "scheduler"}
+    )
     return family
 
 

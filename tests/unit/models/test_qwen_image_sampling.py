@@ -30,8 +30,8 @@ def test_same_pictures_as_the_pipeline(
 ) -> None:
     settings = SampleSettings((64, 32), num_inference_steps=3, guidance_scale=guidance, seed=7)
     with torch.no_grad():
-        positive = family.encode_text(PROMPTS, modules["text_encoder"])
-        negative = family.encode_text([" "], modules["text_encoder"])
+        positive = family.encode_text(PROMPTS, modules)
+        negative = family.encode_text([" "], modules)
     pictures = family.sample(positive, negative, modules, settings)
     for index, prompt in enumerate(PROMPTS):
         expected = pipeline(
@@ -52,7 +52,7 @@ def test_the_pictures_of_a_seed_do_not_depend_on_the_others(
     family: Family, modules: dict[str, nn.Module]
 ) -> None:
     with torch.no_grad():
-        positive = family.encode_text(PROMPTS, modules["text_encoder"])
+        positive = family.encode_text(PROMPTS, modules)
     both = family.sample(positive, None, modules, SampleSettings((32, 32), 2, 1.0, seed=5))
     second = family.sample(positive.row(1), None, modules, SampleSettings((32, 32), 2, 1.0, seed=6))
     assert psnr(both[1], second[0]) >= 40
@@ -67,7 +67,7 @@ def test_modes_and_gradients_are_as_before_and_steps_are_reported(
     dit.transformer_blocks[0].eval()
     before = [part.training for part in dit.modules()]
     with torch.no_grad():
-        positive = family.encode_text(PROMPTS, modules["text_encoder"])
+        positive = family.encode_text(PROMPTS, modules)
     seen: list[tuple[int, int]] = []
     family.sample(
         positive,
@@ -96,8 +96,8 @@ def test_mixed_formats_make_pictures(
     vae = load(family, "vae", tiny_checkpoint / "vae", torch.bfloat16)
     settings = SampleSettings((32, 32), 2, 3.0)
     with torch.no_grad():
-        positive = family.encode_text(PROMPTS[:1], modules["text_encoder"])
-        negative = family.encode_text([""], modules["text_encoder"])
+        positive = family.encode_text(PROMPTS[:1], modules)
+        negative = family.encode_text([""], modules)
     expected = family.sample(positive, negative, modules, settings)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         found = family.sample(
@@ -111,7 +111,7 @@ def test_float32_weights_under_autocast_make_pictures(
 ) -> None:
     settings = SampleSettings((32, 32), 2, 3.0)
     with torch.no_grad():
-        positive = family.encode_text(PROMPTS[:1], modules["text_encoder"])
+        positive = family.encode_text(PROMPTS[:1], modules)
     expected = family.sample(positive, positive, modules, settings)
     with torch.autocast("cpu", torch.bfloat16):
         found = family.sample(positive, positive, modules, settings)
@@ -120,7 +120,7 @@ def test_float32_weights_under_autocast_make_pictures(
 
 def test_wrong_requests_are_refused(family: Family, modules: dict[str, nn.Module]) -> None:
     with torch.no_grad():
-        positive = family.encode_text(PROMPTS, modules["text_encoder"])
+        positive = family.encode_text(PROMPTS, modules)
     with pytest.raises(ValueError, match="multiples of 16, not 40 x 32"):
         family.sample(positive, None, modules, SampleSettings((40, 32), 1, 1.0))
     with pytest.raises(ValueError, match="one negative caption"):
@@ -130,6 +130,6 @@ def test_wrong_requests_are_refused(family: Family, modules: dict[str, nn.Module
 def test_a_single_step_is_finite(family: Family, modules: dict[str, nn.Module]) -> None:
     """The published `shift_terminal` makes the scheduler divide by zero when there is one step."""
     with torch.no_grad():
-        positive = family.encode_text(PROMPTS[:1], modules["text_encoder"])
+        positive = family.encode_text(PROMPTS[:1], modules)
     picture = family.sample(positive, None, modules, SampleSettings((32, 32), 1, 1.0))[0]
     assert np.asarray(picture).std() > 1

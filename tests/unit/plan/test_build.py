@@ -186,9 +186,9 @@ def test_inference_freezes_everything(tiny_checkpoint: Path) -> None:
     plan = build_inference_plan(model, device="cuda:0")
     assert plan.purpose == "infer"
     assert {p.name: p.components for p in plan.phases} == {
-        "load": ("dit", "vae"),
+        "load": ("vae", "dit"),
         "encode": ("text_encoder",),
-        "sample": ("dit", "vae"),
+        "sample": ("vae", "dit"),
     }
     assert all(c.trainable == "none" and c.trained_numel == 0 for c in plan.components)
     assert plan.component("dit").resting_bytes == 2 * plan.component("dit").numel

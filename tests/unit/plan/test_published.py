@@ -12,9 +12,11 @@ from safetensors.torch import load_file, save_file
 from framework.errors import ConfigError
 from framework.inventory import StoredTensor
 from framework.plan.build import build_inference_plan
+from framework.plan.native_names import read_component
 from framework.plan.published import published_scaling, read_published
 from framework.plan.types import ComponentPlan, scale_shape
 from framework.schema import ModelConfig
+from framework.schema.families import FAMILIES
 from tests.published import publish_fp8
 
 SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1}
@@ -89,7 +91,7 @@ def test_the_diffusion_model_of_a_whole_checkpoint_is_taken_out() -> None:
         model__diffusion_model__scaled_fp8=("F8_E4M3", (0,)),
         vae__conv_in__weight=("BF16", (8, 16)),
     )
-    found = read_published(tensors)
+    found = read_component(tensors, FAMILIES["qwen_image"].components["dit"])
     assert list(found.tensors) == ["to_q.weight"]
     assert found.tensors["to_q.weight"].key == "model.diffusion_model.to_q.weight"
     assert found.scales["to_q.weight"].key == "model.diffusion_model.to_q.scale_weight"

@@ -110,7 +110,7 @@ def test_a_failed_write_leaves_the_old_file(
     def broken(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("framework.runtime.adapters.save_file", broken)
+    monkeypatch.setattr("framework.runtime.lora_writing.save_file", broken)
     with pytest.raises(OSError, match="No space left"):
         save_lora(file, {"dit": trained})
     assert file.read_bytes() == before
@@ -201,7 +201,9 @@ def test_init_from_must_fit(trained: nn.Module, tiny_checkpoint: Path, tmp_path:
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"lora_unet_a.lora_down.weight": torch.zeros(2, 2)}, "isn't a LoRA in diffusers' form"),
+        ({"lora_unet_a.weight": torch.zeros(2, 2)}, "isn't a LoRA in diffusers' form"),
+        ({"lora_unet_a.hada_w1_a": torch.zeros(2, 2)}, "the file holds LoHa, not LoRA"),
+        ({"lora_unet_a.lora_down.weight": torch.zeros(2, 2)}, "both matrices of 1 of 1 layers"),
         (
             {
                 "transformer.no.such.lora_A.weight": torch.zeros(2, 4),
@@ -212,11 +214,17 @@ def test_init_from_must_fit(trained: nn.Module, tiny_checkpoint: Path, tmp_path:
         (
             {
                 "transformer.img_in.lora_A.weight": torch.zeros(2, 64),
-                "transformer.txt_in.lora_A.weight": torch.zeros(3, 16),
+                "transformer.img_in.lora_B.weight": torch.zeros(48, 3),
             },
-            "different rank",
+            "different ranks",
         ),
-        ({"transformer.img_in.lora_A.weight": torch.zeros(2, 64)}, "doesn't fit the adapter"),
+        (
+            {
+                "transformer.img_in.lora_A.weight": torch.zeros(2, 60),
+                "transformer.img_in.lora_B.weight": torch.zeros(48, 2),
+            },
+            "doesn't fit the adapter",
+        ),
     ],
 )  # fmt: skip
 def test_foreign_files_are_refused(

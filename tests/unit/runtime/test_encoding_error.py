@@ -57,7 +57,7 @@ def output_of(dit: nn.Module) -> Tensor:
 
 
 def rounded_to_e4m3(weight: Tensor, scaling: str) -> Tensor:
-    """Row, tensor or block scales and torch's own cast, in float64 but for the cast's input."""
+    """Row, tensor or block scales, powers of two, and torch's own cast, in float64 but for the cast's input."""
     wide = weight.double()
     if scaling == "block":
         (rows, columns), size = weight.shape, 128
@@ -69,6 +69,7 @@ def rounded_to_e4m3(weight: Tensor, scaling: str) -> Tensor:
     else:
         largest = wide.abs().amax(dim=1, keepdim=True) if scaling == "row" else wide.abs().max()
         scale = largest / 448
+    scale = scale.log2().ceil().exp2()
     codes = (wide / scale).float().clamp(-448, 448).to(torch.float8_e4m3fn)
     return codes.double() * scale
 
@@ -132,7 +133,7 @@ def test_shares_are_those_of_encoding_layers_one_by_one(
     costly = sorted(names, key=lambda name: -alone[name])[:12]
     for name in costly:
         assert many[name] == pytest.approx(alone[name] / sum(alone.values()), rel=0.5), name
-        assert 1 / 3 < few[name] / many[name] < 3, name
+        assert 1 / 6 < few[name] / many[name] < 6, name
     # The text half of the last block takes no part in the picture.
     useless = [name for name in names if alone[name] == 0]
     assert useless

@@ -26,15 +26,15 @@ from framework.runtime.error_budget import (
     resolve_error_budget,
 )
 from framework.runtime.load import load_component
-from framework.schema import QwenImageConfig
+from framework.schema import ModelConfig
 
 CPU = torch.device("cpu")
 FAMILY = get_family("qwen_image")
 
 
-def model_of(source: Path, *, budget: float | None = None, **dit: Any) -> QwenImageConfig:
+def model_of(source: Path, *, budget: float | None = None, **dit: Any) -> ModelConfig:
     fp8 = {"error_budget": budget, **dit.pop("fp8", {})}
-    return QwenImageConfig.model_validate(
+    return ModelConfig.model_validate(
         {
             "family": "qwen_image",
             "source": str(source),
@@ -44,13 +44,13 @@ def model_of(source: Path, *, budget: float | None = None, **dit: Any) -> QwenIm
     )
 
 
-def resolve(model: QwenImageConfig, folder: Path, **options: Any) -> tuple[Any, Any]:
+def resolve(model: ModelConfig, folder: Path, **options: Any) -> tuple[Any, Any]:
     return resolve_error_budget(
         model, FAMILY, device=CPU, compute_dtype=torch.float32, folder=folder, **options
     )
 
 
-def loaded_error(model: QwenImageConfig) -> float | None:
+def loaded_error(model: ModelConfig) -> float | None:
     """The error of the DiT as a run loads it, against the published weights of all layers."""
     with_all = build_inference_plan(model_of(Path(model.source)), device="cpu").component("dit")
     part = build_inference_plan(model, device="cpu").component("dit")
@@ -172,7 +172,7 @@ def test_every_encoded_component_is_measured(tiny_checkpoint: Path, tmp_path: Pa
     vae = {"precision": "fp8", "fp8": {"layers": ["conv"]}}
     values = model.model_dump() | {"text_encoder": {"precision": "fp8"}, "vae": vae}
     reports = measure_encoding(
-        QwenImageConfig.model_validate(values),
+        ModelConfig.model_validate(values),
         FAMILY,
         device=CPU,
         compute_dtype=torch.float32,

@@ -24,7 +24,7 @@ from framework.runtime.forecast import (
 )
 from framework.runtime.trace import MeasuredBytes
 from framework.schema import RunConfig
-from framework.storage import fp8
+from framework.storage import grid
 from tests.training.runs import change, run_values, write_pictures
 
 POCKET = Path(__file__).parents[3] / "assets" / "pocket"
@@ -68,7 +68,7 @@ def measure(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> dict[str
 
     def begin(self: Any, trainer: Any, module: Any, *args: object) -> None:
         # A buffer of 4 MiB that encoding leaves to the thread is larger than this whole model.
-        fp8._kept.memory = None
+        grid._kept.memory = None
         counter.restart()
 
     def end(self: Any, trainer: Any, module: Any, *args: object) -> None:

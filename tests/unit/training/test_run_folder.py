@@ -134,7 +134,7 @@ def test_two_processes_never_share_a_folder(tmp_path: Path) -> None:
     held, let_go = context.Event(), context.Event()
     process = context.Process(target=hold, args=(run, held, let_go))
     process.start()
-    assert held.wait(30)
+    assert held.wait(120)
     assert is_locked(folder)
     assert find_start(run).folder is None
     with pytest.raises(RunError, match="another process has just gone on"):
