@@ -308,23 +308,6 @@ class Family(ABC):
         Modules with float32 weights compute in float32 unless the caller enters `torch.autocast`.
         """
 
-    @abstractmethod
-    def save_full_component(
-        self,
-        component: str,
-        module: nn.Module,
-        folder: Path,
-        *,
-        source_folder: Path,
-        storage_dtype: torch.dtype | None = None,
-    ) -> None:
-        """Write a fully trained component in the published layout, so that other tools load it.
-
-        source_folder: the checkpoint folder it came from; its configs and unused tensors are
-        copied.
-        storage_dtype: None keeps each tensor's published dtype.
-        """
-
 
 def input_dtype(module: nn.Module) -> torch.dtype:
     """The float dtype that a module computes in: that of its first weight that is no adapter's.

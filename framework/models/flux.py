@@ -32,7 +32,6 @@ from framework.models.base import (
 from framework.models.clip_text import CLIP_TOKENS, build_clip, fixed_length_ids, full_mask
 from framework.models.latent_packing import PATCH, pack_latents, unpack_latents
 from framework.models.published_config import check_kind, read_config, read_tokenizer, untyped
-from framework.models.published_layout import save_component
 from framework.models.t5_encoder import build_t5_encoder
 from framework.schema.specs.flux import FLUX
 
@@ -217,24 +216,6 @@ class FluxFamily(Family):
         from framework.models.flux_sampling import sample_pictures
 
         return sample_pictures(self, positive, modules, settings, on_step=on_step)
-
-    def save_full_component(
-        self,
-        component: str,
-        module: nn.Module,
-        folder: Path,
-        *,
-        source_folder: Path,
-        storage_dtype: torch.dtype | None = None,
-    ) -> None:
-        """Write a trained component as it was published; see `Family.save_full_component`."""
-        save_component(
-            self.spec.components[component],
-            module,
-            folder,
-            source_folder=source_folder,
-            storage_dtype=storage_dtype,
-        )
 
 
 class _Norm(nn.RMSNorm):

@@ -32,7 +32,6 @@ from framework.models.latent_packing import PATCH as PATCH
 from framework.models.latent_packing import pack_latents as pack_latents
 from framework.models.latent_packing import unpack_latents as unpack_latents
 from framework.models.published_config import check_kind, read_config, read_tokenizer, untyped
-from framework.models.published_layout import save_component
 from framework.schema.families import QWEN_IMAGE
 
 # The pipeline's own constants: the prompt's frame, and how many of its tokens are dropped again.
@@ -254,28 +253,6 @@ class QwenImageFamily(Family):
         from framework.models.qwen_image_sampling import sample_pictures
 
         return sample_pictures(self, positive, negative, modules, settings, on_step=on_step)
-
-    def save_full_component(
-        self,
-        component: str,
-        module: nn.Module,
-        folder: Path,
-        *,
-        source_folder: Path,
-        storage_dtype: torch.dtype | None = None,
-    ) -> None:
-        """Write a trained component as it was published; see `Family.save_full_component`.
-
-        The text encoder's vision tower and output head are copied from the source, so that
-        transformers' Qwen2_5_VLForConditionalGeneration loads the folder.
-        """
-        save_component(
-            self.spec.components[component],
-            module,
-            folder,
-            source_folder=source_folder,
-            storage_dtype=storage_dtype,
-        )
 
 
 def _latent_statistics(vae: nn.Module) -> tuple[Tensor, Tensor]:

@@ -37,7 +37,6 @@ from framework.models.published_config import (
     read_tokenizer,
     untyped,
 )
-from framework.models.published_layout import save_component
 from framework.schema.specs.sdxl import SDXL
 
 VAE_SCALE = 8
@@ -219,24 +218,6 @@ class SdxlFamily(Family):
         from framework.models.sdxl_sampling import sample_pictures
 
         return sample_pictures(self, positive, negative, modules, settings, on_step=on_step)
-
-    def save_full_component(
-        self,
-        component: str,
-        module: nn.Module,
-        folder: Path,
-        *,
-        source_folder: Path,
-        storage_dtype: torch.dtype | None = None,
-    ) -> None:
-        """Write a trained component as it was published; see `Family.save_full_component`."""
-        save_component(
-            self.spec.components[component],
-            module,
-            folder,
-            source_folder=source_folder,
-            storage_dtype=storage_dtype,
-        )
 
 
 @contextmanager

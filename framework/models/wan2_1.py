@@ -35,7 +35,6 @@ from framework.models.published_config import (
     read_tokenizer,
     untyped,
 )
-from framework.models.published_layout import save_component
 from framework.models.umt5_encoder import build_umt5_encoder
 from framework.schema.family import FamilySpec
 from framework.schema.specs.wan2_1 import WAN2_1
@@ -266,24 +265,6 @@ class Wan21Family(Family):
         from framework.models.wan_sampling import sample_clips
 
         return sample_clips(self, positive, negative, modules, settings, on_step=on_step)
-
-    def save_full_component(
-        self,
-        component: str,
-        module: nn.Module,
-        folder: Path,
-        *,
-        source_folder: Path,
-        storage_dtype: torch.dtype | None = None,
-    ) -> None:
-        """Write a trained component as it was published; see `Family.save_full_component`."""
-        save_component(
-            self.spec.components[component],
-            module,
-            folder,
-            source_folder=source_folder,
-            storage_dtype=storage_dtype,
-        )
 
 
 class _MixedRmsNorm(nn.RMSNorm):

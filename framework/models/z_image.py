@@ -28,7 +28,6 @@ from framework.models.base import (
     input_dtype,
 )
 from framework.models.published_config import check_kind, read_config, read_tokenizer, untyped
-from framework.models.published_layout import save_component
 from framework.schema.specs.z_image import Z_IMAGE
 
 # The pipeline's own default; the chat template counts.
@@ -246,27 +245,6 @@ class ZImageFamily(Family):
         from framework.models.z_image_sampling import sample_pictures
 
         return sample_pictures(self, positive, negative, modules, settings, on_step=on_step)
-
-    def save_full_component(
-        self,
-        component: str,
-        module: nn.Module,
-        folder: Path,
-        *,
-        source_folder: Path,
-        storage_dtype: torch.dtype | None = None,
-    ) -> None:
-        """Write a trained component as it was published; see `Family.save_full_component`.
-
-        The text encoder's final norm is copied from the source, so that transformers loads the folder.
-        """
-        save_component(
-            self.spec.components[component],
-            module,
-            folder,
-            source_folder=source_folder,
-            storage_dtype=storage_dtype,
-        )
 
 
 def _without_padding(text: TextConditioning) -> list[Tensor]:

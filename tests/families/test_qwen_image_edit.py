@@ -30,6 +30,7 @@ from transformers import (
 
 from framework.errors import DataError, SourceError
 from framework.models import Family, SampleSettings, TextConditioning, get_family, qwen_image_edit
+from framework.models.published_layout import save_component
 from framework.models.qwen_image_edit import QwenImageEditFamily, fitted_size
 from tests.checkpoints import rename_keys
 from tests.families.qwen_image_edit import build_checkpoint
@@ -327,8 +328,8 @@ def test_both_generations_of_key_names_are_read_and_saved(
     encoder = load(family, "text_encoder", source)
     expected = modules["text_encoder"].state_dict()
     assert all(torch.equal(encoder.state_dict()[name], value) for name, value in expected.items())
-    family.save_full_component(
-        "text_encoder",
+    save_component(
+        family.spec.components["text_encoder"],
         encoder,
         tmp_path / "saved",
         source_folder=source,

@@ -23,6 +23,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from framework.diffusion.ddpm import DdpmSchedule
 from framework.errors import SourceError
 from framework.models import Family, SampleSettings, TextConditioning, get_family
+from framework.models.published_layout import save_component
 from framework.plan.match import module_name
 from tests.families.sdxl import FIRST_WIDTH, SECOND_WIDTH, build_checkpoint
 from tests.unit.models.conftest import load
@@ -398,8 +399,12 @@ def test_saved_components_load_elsewhere(
     source = checkpoint / family.spec.components[component].subfolder
     module = changed(load(family, component, source))
     target = tmp_path / component
-    family.save_full_component(
-        component, module, target, source_folder=source, storage_dtype=torch.float32
+    save_component(
+        family.spec.components[component],
+        module,
+        target,
+        source_folder=source,
+        storage_dtype=torch.float32,
     )
     loaded = published_class.from_pretrained(target, dtype=torch.float32)
     for name, values in module.state_dict().items():

@@ -13,6 +13,7 @@ from torch import nn
 
 from framework.errors import SourceError
 from framework.models import Clip, Family, SampleSettings, TextConditioning, get_family
+from framework.models.published_layout import save_component
 from tests.families.parts import psnr
 from tests.families.wan2_1 import FLOW_SHIFT, build_checkpoint
 from tests.families.wan2_2 import build_checkpoint as build_two_experts
@@ -291,7 +292,9 @@ def test_a_saved_component_loads_in_its_own_library(
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(1)
-    family.save_full_component(component, module, tmp_path / "out", source_folder=source)
+    save_component(
+        family.spec.components[component], module, tmp_path / "out", source_folder=source
+    )
     loaders = {
         "dit": diffusers.WanTransformer3DModel,
         "vae": diffusers.AutoencoderKLWan,

@@ -13,6 +13,7 @@ from torch import nn
 
 from framework.errors import SourceError
 from framework.models import Clip, Family, SampleSettings, get_family
+from framework.models.published_layout import save_component
 from framework.models.wan2_2 import Wan22Family
 from tests.families.parts import psnr
 from tests.families.wan2_1 import build_checkpoint as build_one_expert
@@ -159,7 +160,9 @@ def test_a_saved_expert_loads_in_diffusers(
     family: Family, checkpoint: Path, modules: dict[str, nn.Module], tmp_path: Path
 ) -> None:
     source = checkpoint / "transformer_2"
-    family.save_full_component("dit_2", modules["dit_2"], tmp_path / "out", source_folder=source)
+    save_component(
+        family.spec.components["dit_2"], modules["dit_2"], tmp_path / "out", source_folder=source
+    )
     loaded = WanTransformer3DModel.from_pretrained(tmp_path / "out")
     for key, values in loaded.named_parameters():
         assert torch.equal(values.float(), modules["dit_2"].get_parameter(key)), key

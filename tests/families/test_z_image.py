@@ -15,6 +15,7 @@ from torch import nn
 
 from framework.errors import SourceError
 from framework.models import Family, SampleSettings, TextConditioning, get_family
+from framework.models.published_layout import save_component
 from tests.checkpoints import rename_keys
 from tests.families.parts import psnr
 from tests.families.z_image import SHIFT, build_checkpoint
@@ -233,7 +234,9 @@ def test_a_saved_component_loads_in_its_own_library(
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.add_(1)
-    family.save_full_component(component, module, tmp_path / "out", source_folder=source)
+    save_component(
+        family.spec.components[component], module, tmp_path / "out", source_folder=source
+    )
     loaders = {
         "dit": diffusers.ZImageTransformer2DModel,
         "vae": diffusers.AutoencoderKL,

@@ -17,6 +17,7 @@ from framework.errors import PlanError
 from framework.inventory import read_inventory
 from framework.models import Family
 from framework.models import published_layout as layout
+from framework.models.published_layout import save_component
 from tests.checkpoints import rename_keys
 from tests.published import publish_fp8
 from tests.unit.models.conftest import load
@@ -33,8 +34,12 @@ def change_(module: nn.Module) -> nn.Module:
 def test_a_dit_loads_in_diffusers(family: Family, tiny_checkpoint: Path, tmp_path: Path) -> None:
     source = tiny_checkpoint / "transformer"
     dit = change_(load(family, "dit", source))
-    family.save_full_component(
-        "dit", dit, tmp_path / "transformer", source_folder=source, storage_dtype=torch.float32
+    save_component(
+        family.spec.components["dit"],
+        dit,
+        tmp_path / "transformer",
+        source_folder=source,
+        storage_dtype=torch.float32,
     )
     loaded = QwenImageTransformer2DModel.from_pretrained(tmp_path / "transformer")
     for name, values in dit.state_dict().items():
@@ -50,7 +55,9 @@ def test_the_published_dtype_is_kept_unless_told_otherwise(
     family: Family, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     vae = change_(load(family, "vae", tiny_checkpoint / "vae"))
-    family.save_full_component("vae", vae, tmp_path / "vae", source_folder=tiny_checkpoint / "vae")
+    save_component(
+        family.spec.components["vae"], vae, tmp_path / "vae", source_folder=tiny_checkpoint / "vae"
+    )
     saved = load_file(tmp_path / "vae/diffusion_pytorch_model.safetensors")
     for name, values in vae.state_dict().items():
         assert torch.equal(saved[name], values.bfloat16()), name
@@ -74,8 +81,12 @@ def test_a_text_encoder_loads_in_transformers(
         rename_keys(source, r"^model\.language_model\.", "model.")
     encoder = change_(load(family, "text_encoder", source))
     target = tmp_path / "text_encoder"
-    family.save_full_component(
-        "text_encoder", encoder, target, source_folder=source, storage_dtype=torch.float32
+    save_component(
+        family.spec.components["text_encoder"],
+        encoder,
+        target,
+        source_folder=source,
+        storage_dtype=torch.float32,
     )
     assert set(read_inventory(target)) == set(read_inventory(source))
     original = Qwen2_5_VLForConditionalGeneration.from_pretrained(source, dtype=torch.float32)
@@ -97,7 +108,7 @@ def test_weights_trained_from_scaled_fp8_are_saved_without_scales(
     source = publish_fp8(tiny_checkpoint / "transformer", tmp_path / "fp8", "mixed")
     dit = change_(load(family, "dit", tiny_checkpoint / "transformer"))
     target = tmp_path / "transformer"
-    family.save_full_component("dit", dit, target, source_folder=source)
+    save_component(family.spec.components["dit"], dit, target, source_folder=source)
     saved = load_file(target / "fp8.safetensors")
     assert saved.keys() == dit.state_dict().keys()
     for name, values in dit.state_dict().items():
@@ -111,8 +122,11 @@ def test_a_whole_checkpoint_with_a_saved_part_loads(
     shutil.copytree(tiny_checkpoint, checkpoint)
     dit = change_(load(family, "dit", checkpoint / "transformer"))
     # In place: the folder that is read is also the one that is replaced.
-    family.save_full_component(
-        "dit", dit, checkpoint / "transformer", source_folder=checkpoint / "transformer"
+    save_component(
+        family.spec.components["dit"],
+        dit,
+        checkpoint / "transformer",
+        source_folder=checkpoint / "transformer",
     )
     pipeline = QwenImagePipeline.from_pretrained(checkpoint, dtype=torch.float32)
     assert torch.equal(pipeline.transformer.img_in.weight, dit.img_in.weight.bfloat16().float())
@@ -122,7 +136,9 @@ def test_a_failed_save_leaves_the_old_folder(
     family: Family, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vae = load(family, "vae", tiny_checkpoint / "vae")
-    family.save_full_component("vae", vae, tmp_path / "vae", source_folder=tiny_checkpoint / "vae")
+    save_component(
+        family.spec.components["vae"], vae, tmp_path / "vae", source_folder=tiny_checkpoint / "vae"
+    )
     before = {p.name: p.read_bytes() for p in (tmp_path / "vae").iterdir()}
 
     def fail(*_: object) -> None:
@@ -130,8 +146,11 @@ def test_a_failed_save_leaves_the_old_folder(
 
     monkeypatch.setattr(layout, "_write_configs", fail)
     with pytest.raises(OSError, match="no space left"):
-        family.save_full_component(
-            "vae", change_(vae), tmp_path / "vae", source_folder=tiny_checkpoint / "vae"
+        save_component(
+            family.spec.components["vae"],
+            change_(vae),
+            tmp_path / "vae",
+            source_folder=tiny_checkpoint / "vae",
         )
     assert {p.name: p.read_bytes() for p in (tmp_path / "vae").iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["vae"]
@@ -143,12 +162,18 @@ def test_other_tensors_than_published_are_refused(
     vae = load(family, "vae", tiny_checkpoint / "vae")
     vae.register_parameter("extra", nn.Parameter(torch.zeros(1)))
     with pytest.raises(PlanError, match="no place for extra"):
-        family.save_full_component(
-            "vae", vae, tmp_path / "vae", source_folder=tiny_checkpoint / "vae"
+        save_component(
+            family.spec.components["vae"],
+            vae,
+            tmp_path / "vae",
+            source_folder=tiny_checkpoint / "vae",
         )
     del vae.extra, vae.quant_conv
     with pytest.raises(PlanError, match="has no quant_conv"):
-        family.save_full_component(
-            "vae", vae, tmp_path / "vae", source_folder=tiny_checkpoint / "vae"
+        save_component(
+            family.spec.components["vae"],
+            vae,
+            tmp_path / "vae",
+            source_folder=tiny_checkpoint / "vae",
         )
     assert not list(tmp_path.iterdir())
