@@ -25,6 +25,7 @@ from framework.runtime.error_budget import resolve_error_budget
 from framework.runtime.fitting import fit_inference
 from framework.runtime.forecast import forecast_inference
 from framework.runtime.residency import Residency, Watch
+from framework.schema.families import FAMILIES
 from framework.schema.model import ModelConfig
 
 
@@ -86,7 +87,7 @@ def _fitted(
         model,
         size_px=settings.size_px,
         num_tokens=num_tokens,
-        guided=settings.guidance_scale > 1,
+        guided=FAMILIES[model.family].guides(settings.guidance_scale),
         num_frames=settings.num_frames,
         device=device,
     )
@@ -105,7 +106,7 @@ def _planned(
         model,
         size_px=settings.size_px,
         num_tokens=num_tokens,
-        guided=settings.guidance_scale > 1,
+        guided=FAMILIES[model.family].guides(settings.guidance_scale),
         num_frames=settings.num_frames,
         device=device,
     )
@@ -143,7 +144,7 @@ def encode_prompts(
 
     controls: one per prompt, or none.   Returns (positive, negative) of each prompt.
     """
-    guided = settings.guidance_scale > 1 and family.spec.guided
+    guided = family.spec.guides(settings.guidance_scale)
     with torch.no_grad(), evaluating(list(encoders.values())):
         if not controls:
             negative = family.encode_text([negative_prompt], encoders) if guided else None

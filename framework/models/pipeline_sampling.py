@@ -77,7 +77,7 @@ def check_request(
     divisor = spec.size_divisor_px
     if width % divisor or height % divisor:
         raise ValueError(f"width and height must be multiples of {divisor}, not {width} x {height}")
-    guided = spec.guided and settings.guidance_scale > 1
+    guided = spec.guides(settings.guidance_scale)
     if guided and (negative is None or len(negative) not in (1, len(positive))):
         raise ValueError("guidance needs one negative caption, or one for each caption")
     return guided

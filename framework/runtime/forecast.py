@@ -69,7 +69,7 @@ def traced_run(
         elif phase.name == "train":
             traced["train"] = RunTracer(tracer, config).train(phase)
         elif phase.name == "sample":
-            guided = config.sample.guidance_scale > 1
+            guided = family.spec.guides(config.sample.guidance_scale)
             sampled = (*config.sample.size_px, config.sample.num_frames)
             traced["sample"] = tracer.sample(phase, sampled, guided=guided)
     used = TracedWith(

@@ -57,6 +57,10 @@ class FamilySpec:
     objective: Literal["flow_matching", "ddpm"] = "flow_matching"
     guided: bool = True
 
+    def guides(self, scale: float) -> bool:
+        """Whether classifier-free guidance of this scale calls the denoiser a second time, with a negative caption."""
+        return self.guided and scale > 1
+
     @property
     def denoisers(self) -> tuple[str, ...]:
         """Names of the components that predict: one, or two experts for high and for low noise."""

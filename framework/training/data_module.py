@@ -275,7 +275,7 @@ class DiffusionDataModule(pl.LightningDataModule):
         if not self.caches_prompts or self._prompt_encoder is None:
             return {}
         sample = self._config.sample
-        guided = sample.guidance_scale > 1 and self._family.spec.guided
+        guided = self._family.spec.guides(sample.guidance_scale)
         found = {}
         for place, prompt in enumerate(sample.prompts):
             for text in (prompt, *((sample.negative_prompt,) if guided else ())):
@@ -298,7 +298,7 @@ class DiffusionDataModule(pl.LightningDataModule):
     ) -> tuple[TextConditioning, TextConditioning | None]:
         """Sample prompt number `place` and, if guided, what leads away; only where `caches_prompts`."""
         sample = self._config.sample
-        guided = sample.guidance_scale > 1 and self._family.spec.guided
+        guided = self._family.spec.guides(sample.guidance_scale)
         positive = self._cached_text(self._prompt_key(prompt, place))
         if not guided:
             return positive, None
