@@ -166,6 +166,8 @@ class Family(ABC):
     control_size: ClassVar[Callable[[tuple[int, int]], tuple[int, int]] | None] = None
     """The size (width, height) that a control picture of a given size is brought to; a function of its module."""
 
+    _scheduler_config: Mapping[str, Any] | None = None
+
     @abstractmethod
     def build_module(self, component: str, folder: Path) -> nn.Module:
         """Build a component from `folder/config.json`; its weights are whatever torch initialises.
@@ -184,9 +186,11 @@ class Family(ABC):
         """
 
     @property
-    @abstractmethod
     def scheduler_config(self) -> Mapping[str, Any]:
-        """The published scheduler config; RuntimeError before `load_extras`."""
+        """The published scheduler config; RuntimeError before `load_extras`, which sets it."""
+        if self._scheduler_config is None:
+            raise RuntimeError("call load_extras before the scheduler is asked for")
+        return self._scheduler_config
 
     @abstractmethod
     def encode_text(
@@ -277,9 +281,13 @@ class Family(ABC):
         """Lowest and highest noise level at which a denoiser is asked; all of them, unless a family has two experts."""
         return (0.0, 1.0)
 
-    @abstractmethod
     def image_tokens(self, width_px: int, height_px: int) -> int:
-        """Length of the picture's token sequence, which resolution-dependent shifts depend on."""
+        """Length of the picture's token sequence, which resolution-dependent shifts depend on.
+
+        One token for each square of `spec.size_divisor_px`, unless a family says otherwise.
+        """
+        divisor = self.spec.size_divisor_px
+        return (width_px // divisor) * (height_px // divisor)
 
     @abstractmethod
     def initial_latents(

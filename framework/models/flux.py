@@ -50,7 +50,6 @@ class FluxFamily(Family):
 
     def __init__(self) -> None:
         self._tokenizers: tuple[CLIPTokenizer, T5Tokenizer] | None = None
-        self._scheduler_config: dict[str, Any] | None = None
 
     def build_module(self, component: str, folder: Path) -> nn.Module:
         """Build "dit", "text_encoder" (CLIP), "text_encoder_2" (T5) or "vae" from `folder/config.json`."""
@@ -90,13 +89,6 @@ class FluxFamily(Family):
             raise RuntimeError("call load_extras before text is encoded")
         return self._tokenizers
 
-    @property
-    def scheduler_config(self) -> Mapping[str, Any]:
-        """The published scheduler config; RuntimeError before `load_extras`."""
-        if self._scheduler_config is None:
-            raise RuntimeError("call load_extras before the scheduler is asked for")
-        return self._scheduler_config
-
     def encode_text(
         self,
         prompts: Sequence[str],
@@ -135,7 +127,8 @@ class FluxFamily(Family):
         self, num_tokens: int, dit: nn.Module, *, batch_size: int = 1, device: torch.device
     ) -> TextConditioning:
         """Random embeddings and pooled vectors; see `Family.blank_text`."""
-        embeds = torch.randn(batch_size, num_tokens, self.text_width(dit), device=device)
+        width = int(untyped(dit).config.joint_attention_dim)
+        embeds = torch.randn(batch_size, num_tokens, width, device=device)
         width = int(untyped(dit).config.pooled_projection_dim)
         pooled = torch.randn(batch_size, width, device=device)
         return TextConditioning(embeds, full_mask(embeds), padded=False, pooled=pooled)
@@ -182,15 +175,6 @@ class FluxFamily(Family):
             return_dict=False,
         )[0]
         return unpack_latents(packed.float(), height, width)
-
-    def text_width(self, dit: nn.Module) -> int:
-        """Width D of T5's states as this DiT takes them."""
-        return int(untyped(dit).config.joint_attention_dim)
-
-    def image_tokens(self, width_px: int, height_px: int) -> int:
-        """One token per 16 x 16 px."""
-        divisor = self.spec.size_divisor_px
-        return (width_px // divisor) * (height_px // divisor)
 
     def initial_latents(
         self, width_px: int, height_px: int, seed: int, *, num_frames: int = 1

@@ -54,7 +54,6 @@ class QwenImageFamily(Family):
 
     def __init__(self) -> None:
         self._tokenizer: Qwen2Tokenizer | None = None
-        self._scheduler_config: dict[str, Any] | None = None
 
     def build_module(self, component: str, folder: Path) -> nn.Module:
         """Build "dit", "text_encoder" (the language model alone) or "vae" from `folder/config.json`.
@@ -96,13 +95,6 @@ class QwenImageFamily(Family):
         if self._tokenizer is None:
             raise RuntimeError("call load_extras before text is encoded")
         return self._tokenizer
-
-    @property
-    def scheduler_config(self) -> Mapping[str, Any]:
-        """The published scheduler config; RuntimeError before `load_extras`."""
-        if self._scheduler_config is None:
-            raise RuntimeError("call load_extras before the scheduler is asked for")
-        return self._scheduler_config
 
     def encode_text(
         self,
@@ -226,11 +218,6 @@ class QwenImageFamily(Family):
             return_dict=False,
         )[0]
         return unpack_latents(packed.float(), height, width)
-
-    def image_tokens(self, width_px: int, height_px: int) -> int:
-        """One token per 16 x 16 px."""
-        divisor = self.spec.size_divisor_px
-        return (width_px // divisor) * (height_px // divisor)
 
     def initial_latents(
         self, width_px: int, height_px: int, seed: int, *, num_frames: int = 1

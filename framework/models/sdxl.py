@@ -53,7 +53,6 @@ class SdxlFamily(Family):
 
     def __init__(self) -> None:
         self._tokenizers: tuple[CLIPTokenizer, CLIPTokenizer] | None = None
-        self._scheduler_config: dict[str, Any] | None = None
         self._zeros_for_empty = True
 
     def build_module(self, component: str, folder: Path) -> nn.Module:
@@ -98,13 +97,6 @@ class SdxlFamily(Family):
             raise RuntimeError("call load_extras before text is encoded")
         return self._tokenizers
 
-    @property
-    def scheduler_config(self) -> Mapping[str, Any]:
-        """The published scheduler config; RuntimeError before `load_extras`."""
-        if self._scheduler_config is None:
-            raise RuntimeError("call load_extras before the scheduler is asked for")
-        return self._scheduler_config
-
     def encode_text(
         self,
         prompts: Sequence[str],
@@ -144,7 +136,8 @@ class SdxlFamily(Family):
         self, num_tokens: int, dit: nn.Module, *, batch_size: int = 1, device: torch.device
     ) -> TextConditioning:
         """Random embeddings and pooled vectors; see `Family.blank_text`."""
-        embeds = torch.randn(batch_size, num_tokens, self.text_width(dit), device=device)
+        width = int(untyped(dit).config.cross_attention_dim)
+        embeds = torch.randn(batch_size, num_tokens, width, device=device)
         pooled = torch.randn(batch_size, _pooled_width(untyped(dit).config), device=device)
         return TextConditioning(embeds, full_mask(embeds), padded=False, pooled=pooled)
 
@@ -188,10 +181,6 @@ class SdxlFamily(Family):
         )[0]
         result: Tensor = predicted.float()
         return result
-
-    def text_width(self, dit: nn.Module) -> int:
-        """Width D of both text encoders' states together as this UNet takes them."""
-        return int(untyped(dit).config.cross_attention_dim)
 
     def image_tokens(self, width_px: int, height_px: int) -> int:
         """Places of the latents, one per 8 x 8 px; the UNet has no tokens, and its schedule doesn't depend on size."""

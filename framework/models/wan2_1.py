@@ -70,7 +70,6 @@ class Wan21Family(Family):
 
     def __init__(self) -> None:
         self._tokenizer: T5Tokenizer | None = None
-        self._scheduler_config: dict[str, Any] | None = None
 
     @property
     def boundary(self) -> float | None:
@@ -125,13 +124,6 @@ class Wan21Family(Family):
             raise RuntimeError("call load_extras before text is encoded")
         return self._tokenizer
 
-    @property
-    def scheduler_config(self) -> Mapping[str, Any]:
-        """The published scheduler config; RuntimeError before `load_extras`."""
-        if self._scheduler_config is None:
-            raise RuntimeError("call load_extras before the scheduler is asked for")
-        return self._scheduler_config
-
     def encode_text(
         self,
         prompts: Sequence[str],
@@ -178,7 +170,8 @@ class Wan21Family(Family):
         self, num_tokens: int, dit: nn.Module, *, batch_size: int = 1, device: torch.device
     ) -> TextConditioning:
         """Random embeddings of one length; see `Family.blank_text`."""
-        embeds = torch.randn(batch_size, num_tokens, self.text_width(dit), device=device)
+        width = int(untyped(dit).config.text_dim)
+        embeds = torch.randn(batch_size, num_tokens, width, device=device)
         mask = torch.ones(batch_size, num_tokens, dtype=torch.bool, device=device)
         return TextConditioning(embeds, mask, padded=batch_size > 1)
 
@@ -233,15 +226,6 @@ class Wan21Family(Family):
             return_dict=False,
         )[0]
         return answer.float()
-
-    def text_width(self, dit: nn.Module) -> int:
-        """Width D of the text embeddings that a DiT takes."""
-        return int(untyped(dit).config.text_dim)
-
-    def image_tokens(self, width_px: int, height_px: int) -> int:
-        """One token per 16 x 16 px of a latent frame; no shift depends on it."""
-        divisor = self.spec.size_divisor_px
-        return (width_px // divisor) * (height_px // divisor)
 
     def initial_latents(
         self, width_px: int, height_px: int, seed: int, *, num_frames: int = 1

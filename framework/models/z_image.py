@@ -45,7 +45,6 @@ class ZImageFamily(Family):
 
     def __init__(self) -> None:
         self._tokenizer: Qwen2Tokenizer | None = None
-        self._scheduler_config: dict[str, Any] | None = None
 
     def build_module(self, component: str, folder: Path) -> nn.Module:
         """Build "dit", "text_encoder" or "vae" from `folder/config.json`.
@@ -96,13 +95,6 @@ class ZImageFamily(Family):
         if self._tokenizer is None:
             raise RuntimeError("call load_extras before text is encoded")
         return self._tokenizer
-
-    @property
-    def scheduler_config(self) -> Mapping[str, Any]:
-        """The published scheduler config; RuntimeError before `load_extras`."""
-        if self._scheduler_config is None:
-            raise RuntimeError("call load_extras before the scheduler is asked for")
-        return self._scheduler_config
 
     def encode_text(
         self,
@@ -168,7 +160,8 @@ class ZImageFamily(Family):
         self, num_tokens: int, dit: nn.Module, *, batch_size: int = 1, device: torch.device
     ) -> TextConditioning:
         """Random embeddings of one length; see `Family.blank_text`."""
-        embeds = torch.randn(batch_size, num_tokens, self.text_width(dit), device=device)
+        width = int(untyped(dit).config.cap_feat_dim)
+        embeds = torch.randn(batch_size, num_tokens, width, device=device)
         mask = torch.ones(batch_size, num_tokens, dtype=torch.bool, device=device)
         return TextConditioning(embeds, mask, padded=False)
 
@@ -209,15 +202,6 @@ class ZImageFamily(Family):
             return_dict=False,
         )[0]
         return -torch.stack(answers)[:, :, 0].float()
-
-    def text_width(self, dit: nn.Module) -> int:
-        """Width D of the text embeddings that a DiT takes."""
-        return int(untyped(dit).config.cap_feat_dim)
-
-    def image_tokens(self, width_px: int, height_px: int) -> int:
-        """One token per 16 x 16 px; those that fill up to a multiple of 32 don't count."""
-        divisor = self.spec.size_divisor_px
-        return (width_px // divisor) * (height_px // divisor)
 
     def initial_latents(
         self, width_px: int, height_px: int, seed: int, *, num_frames: int = 1
